@@ -1,0 +1,125 @@
+"""Fixtures that every test shares. A behaviour is tested on all scripts through the fixture `script`."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+# Four devices on any machine; the size of XLA's thread pool must not depend on the number of cores.
+DEVICES = {"NPROC": "4", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+os.environ.update(DEVICES, JAX_PLATFORMS="cpu")
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(path.stem for path in ROOT.glob("cleanba_*.py"))
+SMALL = "--img-size 42 --channels 4 8 8 --local-num-envs 8 --num-steps 16".split()
+
+
+def load(name: str):
+    """Import a script by its path, as a module of its own."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    return load(request.param)
+
+
+@pytest.fixture
+def ppo():
+    return load("cleanba_ppo_envpool")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Runs write below the current directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Compile each program once for the whole suite."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
+
+
+class Launcher:
+    """Runs scripts in processes of their own, two at a time."""
+
+    def __init__(self, directory: Path, environment: dict[str, str]):
+        self.directory, self.environment = directory, {**os.environ, **environment}
+
+    def start(self, script, *flags: str, **kwargs) -> subprocess.Popen:
+        command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *flags]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, cwd=self.directory, env=self.environment, **pipes, **kwargs)
+
+    def run(self, script, *flags: str) -> dict:
+        """The summary of a run that must finish."""
+        process = self.start(script, *flags)
+        out, err = process.communicate(timeout=400)
+        assert process.returncode == 0, out + err
+        *_, gist, last = out.strip().splitlines()
+        summary = json.loads((self.directory / gist.split("; ")[1]).read_text())
+        assert last == f"params sha256: {summary['params_sha256']}"
+        assert summary["status"] == "finished"
+        return summary
+
+    def run_all(self, script, *all_flags: list[str]) -> list[dict]:
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(lambda flags: self.run(script, *flags), all_flags))
+
+
+@pytest.fixture
+def launcher(tmp_path, cache):
+    return Launcher(tmp_path, cache)
+
+
+class CountingPool:
+    """Stands in for an EnvPool pool: the observation encodes (env, t), the reward is t, episodes last 3 + env steps.
+
+    Like EnvPool it resets on the step after an episode's end, ignoring the action; episodes of odd environments end by
+    a time limit. `log` holds (t of the observation acted on, action) of every step of environment 0.
+    """
+
+    def __init__(self, num_envs: int, size: int = 8):
+        self.num_envs, self.size = num_envs, size
+        self.lengths = 3 + np.arange(num_envs)
+        self.log = []
+
+    def observe(self):
+        obs = np.zeros((self.num_envs, 4, self.size, self.size), np.uint8)
+        obs[:, 0, 0, 0], obs[:, 0, 0, 1] = np.arange(self.num_envs), self.t
+        return obs
+
+    def info(self, reward, terminated):
+        return {"reward": 10 * reward, "terminated": terminated.astype(np.int32)}
+
+    def reset(self):
+        self.t, self.over = np.zeros(self.num_envs, int), np.zeros(self.num_envs, bool)
+        return self.observe(), self.info(np.zeros(self.num_envs), self.over)
+
+    def step(self, action):
+        self.log.append((int(self.t[0]), int(action[0])))
+        reward = np.where(self.over, 0, self.t).astype(np.float32)
+        self.t = np.where(self.over, 0, self.t + 1)
+        self.over = ~self.over & (self.t == self.lengths)
+        odd = np.arange(self.num_envs) % 2 == 1
+        terminated, truncated = self.over & ~odd, self.over & odd
+        return self.observe(), reward, terminated, truncated, self.info(reward, terminated)
+
+
+@pytest.fixture
+def counting_pool():
+    return CountingPool

@@ -1,0 +1,105 @@
+"""The actor against a pool whose observations say where they come from."""
+
+import jax
+import numpy as np
+import pytest
+
+
+def counting_policy(script):
+    """Acts t modulo 4; everything else that a rollout holds comes from the script's own act, through a stub network."""
+
+    def apply(params, obs):
+        t = obs[:, 0, 0, 1].astype(np.int32)
+        return 1e4 * jax.nn.one_hot(t % 4, 4), t.astype(np.float32)
+
+    class Network:
+        pass
+
+    network = Network()
+    network.apply = apply
+    return script.make_policy(network)
+
+
+def rollouts(script, pool, count, num_steps):
+    envs, policy, watch = script.Envs(pool), counting_policy(script), script.Stopwatch()
+    return envs, [script.collect(envs, policy, {}, jax.random.key(i), num_steps, watch) for i in range(count)]
+
+
+def test_rows_line_up(script, counting_pool):
+    pool = counting_pool(num_envs=5)
+    _, (first, second) = rollouts(script, pool, 2, num_steps=11)
+    for rollout in (first, second):
+        assert rollout.obs.shape == (12, 5, 4, 8, 8)
+        assert rollout.obs.dtype == np.uint8
+        assert rollout.reset.shape == (12, 5)
+        assert rollout.reward.shape == rollout.terminated.shape == rollout.behaviour.action.shape == (11, 5)
+    t = np.concatenate([first.obs[:-1], second.obs])[:, :, 0, 0, 1].astype(int)
+    env = np.concatenate([first.obs[:-1], second.obs])[:, :, 0, 0, 0]
+    assert (env == np.arange(5)).all()
+    assert (first.obs[-1] == second.obs[0]).all()
+    assert (first.reset[-1] == second.reset[0]).all()
+
+    reset = np.concatenate([first.reset[:-1], second.reset])
+    action = np.concatenate([first.behaviour.action, second.behaviour.action])
+    reward = np.concatenate([first.reward, second.reward])
+    terminated = np.concatenate([first.terminated, second.terminated])
+    length = 3 + np.arange(5)
+    assert (action == t[:-1] % 4).all()  # obs[t] -> action[t]
+    assert (reward == np.where(reset[:-1], 0, t[:-1])).all()  # action[t] -> reward[t]
+    assert (reset == (t == length)).all()  # the observation that arrived with the end of an episode
+    assert (t[1:] == np.where(reset[:-1], 0, t[:-1] + 1)).all()  # a reset row leads to a first observation
+    assert (terminated == (reset[1:] & (np.arange(5) % 2 == 0))).all()  # a time limit does not terminate
+    assert pool.log == list(zip(t[:-1, 0], action[:, 0], strict=True))
+
+
+def test_games_count_each_step_once(script, counting_pool):
+    envs, _ = rollouts(script, counting_pool(num_envs=3), 2, num_steps=20)
+    games = envs.pop_games()
+    # environment i plays 3 + i steps with rewards 0, 1, ..., 2 + i (times 10 in the game's own points), then resets
+    expected = {(10 * sum(range(3 + i)), 3 + i) for i in range(3)}
+    assert set(games) == expected
+    assert len(games) == sum(40 // (4 + i) + (40 % (4 + i) >= 3 + i) for i in range(3))
+    assert envs.pop_games() == []
+
+
+def test_actions_depend_on_actor_and_update_alone(script, counting_pool):
+    """Uniform logits: actions are pure chance, drawn from (actor, update) and from nothing that came before."""
+    network = type("Network", (), {"apply": lambda self, params, obs: (np.zeros((len(obs), 6)), np.zeros(len(obs)))})()
+
+    def actions(actor_id, updates):
+        handoff = script.HandOff([actor_id])
+        for update in updates:
+            handoff.give_params(actor_id, update - 1, {})
+        make_envs, key = lambda: script.Envs(counting_pool(4)), jax.random.key(0)
+        script.run_actor(actor_id, make_envs, script.make_policy(network), lambda r: r, handoff, key, 8, updates)
+        return [handoff.get_rollouts()[0].rollout.behaviour.action for _ in updates]
+
+    first, second = actions(0, range(1, 3))
+    assert (second == actions(0, range(2, 3))[0]).all()
+    assert not (first == second).all()
+    assert not (first == actions(1, range(1, 2))[0]).all()
+
+
+def test_a_stopped_actor_closes_its_pool(script, counting_pool):
+    handoff, closed = script.HandOff([0]), []
+    envs = script.Envs(counting_pool(2))
+    envs.close = lambda: closed.append(True)
+    handoff.stop()
+    script.run_actor(0, lambda: envs, counting_policy(script), None, handoff, jax.random.key(0), 4, range(1, 9))
+    assert closed == [True]
+
+
+@pytest.mark.parametrize("shard_envs", [1, 2, 3, 4, 6, 12])
+def test_pieces_come_together_as_they_were(script, shard_envs):
+    """Two actors of 6 environments; shards smaller than, larger than and across actors."""
+    args = script.Args(num_shards=12 // shard_envs, local_num_envs=6)
+    devices = script.find_devices(args)
+    batch = np.arange(3 * 12).reshape(3, 12)
+    rollout = lambda x: script.Rollout(**{f: x for f in script.Rollout._fields})
+    deliveries = [
+        script.Delivery(0, script.ship(rollout(batch[:, first : first + 6]), first, shard_envs, devices), [], {})
+        for first in (0, 6)
+    ]
+    shards = script.assemble(deliveries)
+    assert (np.concatenate([shard.reward for shard in shards], axis=1) == batch).all()
+    assert {shard.reward.shape for shard in shards} == {(3, shard_envs)}
