@@ -46,6 +46,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -90,7 +91,7 @@ class Args:
     num_actor_threads: int = 2  # actor threads on each actor device
     num_steps: int = 128  # T, the steps of a rollout
     anneal_lr: bool = True  # let the learning rate fall linearly to 0
-    gamma: float = 0.99  # discount
+    gamma: float = 0.99  # discount of a reward one step later
     gae_lambda: float = 0.95  # lambda of generalized advantage estimation
     num_minibatches: int = 4  # optimizer steps of an epoch
     gradient_accumulation_steps: int = 1  # pieces of a shard's part of a minibatch: less memory, same statistics
@@ -436,7 +437,9 @@ def run_actor(actor_id: int, make_envs, policy: Policy, ship, handoff, key, num_
     except Stopped:
         pass
     except BaseException as error:
-        handoff.fail(actor_id, error)
+        failure = RuntimeError(f"actor {actor_id} failed: {error!r}")
+        failure.__cause__ = error
+        handoff.fail(failure)
     finally:
         if envs is not None:
             envs.close()
@@ -455,7 +458,7 @@ class HandOff:
     def __init__(self, actor_ids):
         self.params = {actor_id: queue.SimpleQueue() for actor_id in actor_ids}
         self.rollouts = {actor_id: queue.SimpleQueue() for actor_id in actor_ids}
-        self.stopped = threading.Event()
+        self.ready, self.stopped = queue.SimpleQueue(), threading.Event()
 
     def give_params(self, actor_id: int, version: int, params: Any) -> None:
         self.params[actor_id].put((version, params))
@@ -471,13 +474,25 @@ class HandOff:
         self.rollouts[actor_id].put(delivery)
 
     def get_rollouts(self) -> list[Delivery]:
-        """Wait for one delivery of every actor, in the order of their ids. Raises what an actor died of."""
-        return [self._unwrap(rollouts.get()) for rollouts in self.rollouts.values()]
+        """Wait for one delivery of every actor, in the order of their ids."""
+        return [self._get(rollouts) for rollouts in self.rollouts.values()]
 
-    def fail(self, actor_id: int, error: BaseException) -> None:
-        """Called by a dying actor: whichever queue the learner waits at, it hears of it."""
-        for rollouts in self.rollouts.values():
-            rollouts.put((actor_id, error))
+    def wait_until_ready(self, tree: Any) -> None:
+        """jax.block_until_ready, in a thread of its own: XLA's wait is deaf to signals and failures, a queue is not."""
+
+        def wait():
+            try:
+                self.ready.put(jax.block_until_ready(tree) and None)
+            except BaseException as error:
+                self.ready.put(error)
+
+        threading.Thread(target=wait, daemon=True).start()
+        self._get(self.ready)
+
+    def fail(self, error: BaseException) -> None:
+        """Make the learner raise `error`, whatever it waits for. A signal handler may call this at any moment."""
+        for waiting in (self.ready, *self.rollouts.values()):
+            waiting.put(error)
 
     def stop(self) -> None:
         """Called by the learner: no actor waits or plays on."""
@@ -486,11 +501,11 @@ class HandOff:
             params.put(None)
 
     @staticmethod
-    def _unwrap(item: Delivery | tuple[int, BaseException]) -> Delivery:
-        if isinstance(item, Delivery):
-            return item
-        actor_id, error = item
-        raise RuntimeError(f"actor {actor_id} failed: {error!r}") from error
+    def _get(waiting: queue.SimpleQueue) -> Any:
+        item = waiting.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
 
 
 # === §7 Loss ==========================================================================================================
@@ -633,20 +648,23 @@ def shard_gradient(network, args: Args, params, rollout: Rollout, estimate: Esti
     return gradient, metrics
 
 
-def make_update(args: Args, network: nn.Module, devices: "Devices", sizes: Sizes) -> Callable:
+def make_update(args: Args, network: nn.Module, devices: "Devices", sizes: Sizes, wait: Callable) -> Callable:
     """The learner: (states, rollouts, key) -> (states, metrics of every minibatch).
 
     states: one TrainState, always the same, on every local learner device; rollouts: one of every local shard, on its
     device. Epochs and minibatches are a Python loop: inside `lax.scan` a convolution's gradient is ten times slower on
     a CPU. All arithmetic is in programs for one device and of fixed shape, so its bits do not depend on the topology.
+    wait: blocks until arrays are there. On a CPU it is called every step, because XLA blocks when 32 programs are under
+    way, and inside a collective that is a deadlock.
     """
+    cpu = devices.learners[0].platform == "cpu"
     jit = lambda function, *first: jax.jit(partial(function, *first))
     estimate = jit(lambda rollout: compute_gae(rollout, args.gamma, args.gae_lambda))
     permute = jit(lambda key, shard: shuffle(args, key, shard, args.num_steps * sizes.shard_envs))
     sum_advantages, sum_squares = jit(advantage_sums), jit(advantage_squares)
     gradient = jit(shard_gradient, network, args)
     accumulate = jit(lambda a, b: jax.tree.map(jnp.add, a, b))
-    step = jit(lambda state, grads: (state.apply_gradients(grads=grads), optax.global_norm(grads)))
+    step = jit(lambda state, grads: (state.apply_gradients(grads=grads), optax.tree.norm(grads)))
     total = make_total(devices)
 
     def minibatch_gradient(state, shard, sums, squares, minibatch):
@@ -670,7 +688,8 @@ def make_update(args: Args, network: nn.Module, devices: "Devices", sizes: Sizes
                 grads, values = zip(*total(parts), strict=True)
                 states, norms = zip(*map(step, states, grads), strict=True)
                 metrics.append(values[0] | {"grad_norm": norms[0]})
-                devices.pace(states)
+                if cpu:
+                    wait(states)
         return states, metrics
 
     return update
@@ -687,11 +706,6 @@ class Devices(NamedTuple):
     mesh: Mesh  # the learner devices of all processes
     first_shard: int  # of this process
     of_shard: list[int]  # the index in `learners` of each shard of this process
-
-    def pace(self, tree: Any) -> None:
-        """On a CPU, wait: XLA blocks when 32 programs are under way, and inside a collective that is a deadlock."""
-        if self.learners[0].platform == "cpu":
-            wait_until_ready(tree)
 
 
 def find_devices(args: Args) -> Devices:
@@ -759,21 +773,6 @@ def assemble(deliveries: list[Delivery]) -> list[Rollout]:
         shards[shard].append(piece)
     join = lambda *leaves: jnp.concatenate(leaves, axis=1) if len(leaves) > 1 else leaves[0]
     return [jax.tree.map(join, *shards[shard]) for shard in sorted(shards)]
-
-
-def wait_until_ready(tree: Any) -> None:
-    """jax.block_until_ready that Ctrl-C can interrupt: XLA's wait, deaf to signals, goes to a thread of its own."""
-    outcome = queue.SimpleQueue()
-
-    def wait():
-        try:
-            outcome.put(jax.block_until_ready(tree) and None)
-        except BaseException as error:
-            outcome.put(error)
-
-    threading.Thread(target=wait, daemon=True).start()
-    if error := outcome.get():
-        raise error
 
 
 def params_sha256(params: Any) -> str:
@@ -915,6 +914,17 @@ def check_lag(deliveries: list[Delivery], update: int, concurrency: bool) -> int
     return lags.pop()
 
 
+def catch_signals(handoff: HandOff) -> dict[int, Any]:
+    """Let Ctrl-C and SIGTERM end the run at its next wait; returns the handlers that were there before.
+
+    A handler that raises does not do: raised inside a callback of the garbage collector, an exception is lost.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    errors = {signal.SIGINT: KeyboardInterrupt(), signal.SIGTERM: SystemExit(128 + signal.SIGTERM)}
+    return {number: signal.signal(number, lambda *_, e=error: handoff.fail(e)) for number, error in errors.items()}
+
+
 def train(args: Args) -> dict[str, Any]:
     """One whole run; returns what summary.json says. Raises FlagError before anything is built."""
     sizes = check_args(args)
@@ -923,14 +933,15 @@ def train(args: Args) -> dict[str, Any]:
     actor_key, learner_key, params_key = jax.random.split(jax.random.key(args.seed), 3)
     network = ActorCritic(num_actions, args.channels, args.hiddens)
     obs = np.zeros((1, *obs_shape), np.uint8)
-    params = jax.jit(network.init)(params_key, obs)
+    quick = {"xla_backend_optimization_level": 0}  # runs once: the default would compile for seconds
+    params = jax.jit(network.init, compiler_options=quick)(params_key, obs)
     warn_if_endless(args, network, params, obs, devices.learners[0])
     optimizer, learning_rate = make_optimizer(args, sizes)
     state = TrainState.create(apply_fn=network.apply, params=params, tx=optimizer)
     states = [jax.device_put(state, device) for device in devices.learners]
-    learn = make_update(args, network, devices, sizes)
-    report = Report(args, sizes, devices)
     handoff = HandOff(range(sizes.actors))
+    learn = make_update(args, network, devices, sizes, handoff.wait_until_ready)
+    report = Report(args, sizes, devices)
     actors = start_actors(args, sizes, devices, make_policy(network), handoff, actor_key)
 
     def give_params(version: int) -> None:
@@ -938,7 +949,7 @@ def train(args: Args) -> dict[str, Any]:
         for i, actor_id in enumerate(handoff.params):
             handoff.give_params(actor_id, version, copies[i // args.num_actor_threads])
 
-    status = "finished"
+    status, handlers = "finished", catch_signals(handoff)
     try:
         for _ in range(1 + args.concurrency):
             give_params(0)
@@ -949,7 +960,7 @@ def train(args: Args) -> dict[str, Any]:
             lag = check_lag(deliveries, update, args.concurrency)
             with watch("training_time"):
                 updated = learn(states, assemble(deliveries), jax.random.fold_in(learner_key, update))
-                wait_until_ready(updated)
+                handoff.wait_until_ready(updated)
             states, metrics = updated
             give_params(update)
             report.update(deliveries, watch.seconds, learning_rate(update), lag, metrics)
@@ -960,6 +971,8 @@ def train(args: Args) -> dict[str, Any]:
         handoff.stop()
         for actor in actors:
             actor.join()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         summary = report.close(status, states[0].params)
     return summary
 
@@ -969,14 +982,22 @@ def main() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_deterministic_ops" not in flags:  # read when the backend starts, that is by the first JAX call
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         train(args)
+        return
     except FlagError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        code = 128 + signal.SIGINT
+    except SystemExit as error:
+        code = error.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # all is written; a thread may still wait inside XLA, and Python's own exit would abort over it
 
 
 if __name__ == "__main__":

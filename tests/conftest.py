@@ -3,21 +3,29 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# Four devices on any machine; the size of XLA's thread pool must not depend on the number of cores.
-DEVICES = {"NPROC": "4", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-os.environ.update(DEVICES, JAX_PLATFORMS="cpu")
+# Four devices on any machine; the size of XLA's thread pool must not depend on the number of cores. Each program is
+# compiled once for the whole suite.
+os.environ |= {
+    "NPROC": "4",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(prefix="cleanba-xla-"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
 
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("cleanba_*.py"))
-SMALL = "--img-size 42 --channels 4 8 8 --local-num-envs 8 --num-steps 16".split()
+SMALL = ["--img-size", "42", "--channels", "4", "8", "8", "--local-num-envs", "8", "--num-steps", "16"]
 
 
 def load(name: str):
@@ -34,6 +42,12 @@ def script(request):
     return load(request.param)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def forget_compiled_programs():
+    yield
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
 @pytest.fixture
 def ppo():
     return load("cleanba_ppo_envpool")
@@ -45,29 +59,20 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """Compile each program once for the whole suite."""
-    return {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    }
-
-
 class Launcher:
     """Runs scripts in processes of their own, two at a time."""
 
-    def __init__(self, directory: Path, environment: dict[str, str]):
-        self.directory, self.environment = directory, {**os.environ, **environment}
+    def __init__(self, directory: Path):
+        self.directory = directory
 
-    def start(self, script, *flags: str, **kwargs) -> subprocess.Popen:
+    def start(self, script, *flags: str, **environment: str) -> subprocess.Popen:
         command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *flags]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        return subprocess.Popen(command, cwd=self.directory, env=self.environment, **pipes, **kwargs)
+        return subprocess.Popen(command, cwd=self.directory, env=os.environ | environment, **pipes)
 
-    def run(self, script, *flags: str) -> dict:
+    def run(self, script, *flags: str, **environment: str) -> dict:
         """The summary of a run that must finish."""
-        process = self.start(script, *flags)
+        process = self.start(script, *flags, **environment)
         out, err = process.communicate(timeout=400)
         assert process.returncode == 0, out + err
         *_, gist, last = out.strip().splitlines()
@@ -76,14 +81,15 @@ class Launcher:
         assert summary["status"] == "finished"
         return summary
 
-    def run_all(self, script, *all_flags: list[str]) -> list[dict]:
+    def run_all(self, script, *runs: tuple[list[str], dict[str, str]]) -> list[dict]:
+        """Summaries of runs given as (flags, environment)."""
         with ThreadPoolExecutor(2) as pool:
-            return list(pool.map(lambda flags: self.run(script, *flags), all_flags))
+            return list(pool.map(lambda run: self.run(script, *run[0], **run[1]), runs))
 
 
 @pytest.fixture
-def launcher(tmp_path, cache):
-    return Launcher(tmp_path, cache)
+def launcher(tmp_path):
+    return Launcher(tmp_path)
 
 
 class CountingPool:

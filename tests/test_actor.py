@@ -95,7 +95,7 @@ def test_pieces_come_together_as_they_were(script, shard_envs):
     args = script.Args(num_shards=12 // shard_envs, local_num_envs=6)
     devices = script.find_devices(args)
     batch = np.arange(3 * 12).reshape(3, 12)
-    rollout = lambda x: script.Rollout(**{f: x for f in script.Rollout._fields})
+    rollout = lambda x: script.Rollout(**dict.fromkeys(script.Rollout._fields, x))
     deliveries = [
         script.Delivery(0, script.ship(rollout(batch[:, first : first + 6]), first, shard_envs, devices), [], {})
         for first in (0, 6)

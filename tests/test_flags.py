@@ -1,0 +1,102 @@
+"""Flags that cannot work end a script before anything is built, with one message that helps."""
+
+import shlex
+import sys
+import time
+
+import conftest
+import pytest
+import tyro
+
+BAD = [
+    "--total-timesteps 10",
+    "--env-id Nope-v5",
+    "--env-id CartPole-v1",
+    "--learner-device-ids 7",
+    "--actor-device-ids 0 9",
+    "--actor-device-ids 1 1",
+    "--num-shards 3 --local-num-envs 64",
+    "--num-shards 0",
+    "--num-minibatches 5",
+    "--num-minibatches 0",
+    "--gradient-accumulation-steps 7",
+    "--local-num-envs 0",
+    "--learner-device-ids 0 1 2 --num-shards 4",
+    "--channels",
+    "--hiddens 0",
+    "--img-size 4",
+    "--learning-rate -1",
+    "--learning-rate nan",
+    "--max-grad-norm inf",
+    "--gamma 1.5",
+    "--ent-coef -0.1",
+    "--seed -1",
+    "--env-threads -1",
+    "--log-frequency 0",
+]
+FLOATS = {"learning-rate": float, "gamma": float, "max-grad-norm": float, "ent-coef": float}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_flag(script, line, monkeypatch, capsys):
+    for name in ("make_env", "start_actors", "make_update", "ActorCritic"):
+        monkeypatch.setattr(script, name, lambda *_: pytest.fail("built something before the flags were checked"))
+    monkeypatch.setattr(sys, "argv", ["script", *line.split()])
+    with pytest.raises(SystemExit) as caught:
+        script.main()
+    assert caught.value.code == 2
+    message = capsys.readouterr().err.strip()
+    flag, *value = line.split(" --")[0].split()
+    shown = " ".join(str(FLOATS.get(flag[2:], str)(v)) for v in value) or "(empty)"
+    assert message.startswith(f"error: {flag} {shown}: ")
+    assert "\n" not in message
+    # the value that works, works
+    remedy = message.split("For example: ")[1].split()
+    rest = [word for part in line.split(" --")[1:] for word in f"--{part}".split()]
+    args = tyro.cli(script.Args, args=[*rest, *remedy])
+    script.check_args(args)
+    script.env_spec(args)
+    script.find_devices(args)
+
+
+def test_a_bad_flag_is_quick(script, launcher):
+    start = time.monotonic()
+    process = launcher.start(script, "--num-shards", "7")
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - start < 10
+    assert process.returncode == 2
+    assert out == ""
+    assert err.startswith("error: --num-shards 7: must divide the ")
+    assert err.count("\n") == 1
+
+
+def test_track_without_wandb(script, monkeypatch):
+    monkeypatch.setattr(script, "find_spec", lambda name: None)
+    with pytest.raises(script.FlagError, match="pip install wandb"):
+        script.check_args(script.Args(track=True))
+
+
+def test_every_flag_is_explained(script, capsys):
+    with pytest.raises(SystemExit):
+        tyro.cli(script.Args, args=["--help"])
+    text = capsys.readouterr().out
+    for name in script.Args.__dataclass_fields__:
+        flag = "--" + name.replace("_", "-")
+        assert flag in text
+        after = text.split(flag, 1)[1].split("(default:")[0]
+        assert len(after.split()) > 3, f"{flag} is not explained"
+
+
+def test_flags_of_the_readme_are_valid(script):
+    """Every command line in README.md that names a script passes that script's own validation."""
+    readme = (conftest.ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = [
+        line for line in readme.splitlines() if f"{script.__name__}.py --" in line and "python" in line + " uv run"
+    ]
+    commands = [line.split(f"{script.__name__}.py", 1)[1].split("`")[0].split("#")[0] for line in commands]
+    commands = [line for line in commands if "--help" not in line and "--distributed" not in line]
+    assert commands or script.__name__ != "cleanba_ppo_envpool"
+    for line in commands:
+        args = tyro.cli(script.Args, args=shlex.split(line))
+        script.check_args(args)
+        script.env_spec(args)

@@ -1,0 +1,138 @@
+"""The sharded learner on rollouts of noise: what may change its bits and what may not."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from flax.training.train_state import TrainState
+
+SMALL = dict(img_size=16, local_num_envs=8, num_actor_threads=2, num_steps=8)
+
+
+def noise(script, seed=0, steps=8, envs=16, actions=5):
+    """A rollout of noise [time, env] with terminations, time limits and reset rows."""
+    rng = np.random.default_rng(seed)
+    reset = np.zeros((steps + 1, envs), bool)
+    for t in range(1, steps + 1):
+        reset[t] = (rng.random(envs) < 0.3) & ~reset[t - 1]
+    terminated = reset[1:] & (rng.random((steps, envs)) < 0.5)
+    obs = rng.integers(0, 256, (steps + 1, envs, 4, 16, 16), dtype=np.uint8)
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    reward = np.where(reset[:-1], 0, normal(steps, envs)).astype(np.float32)
+    shapes = {"action": (), "logprob": (), "value": (), "logits": (actions,)}
+    fields = {name: normal(steps, envs, *shapes[name]) for name in script.Behaviour._fields}
+    fields["action"] = rng.integers(0, actions, (steps, envs)).astype(np.int32)
+    if "logprob" in fields:
+        fields["logprob"] -= 2
+    extra = {"last_value": normal(1, envs)} if "last_value" in script.Rollout._fields else {}
+    return script.Rollout(obs, reset, reward, terminated, script.Behaviour(**fields), **extra)
+
+
+class Network(nn.Module):
+    """Cheap to compile; whole runs test the real network."""
+
+    @nn.compact
+    def __call__(self, obs):
+        x = nn.relu(nn.Dense(16)(obs.reshape(len(obs), -1) / 255.0))
+        return nn.Dense(5)(x), nn.Dense(1)(x)[:, 0]
+
+
+def update(script, rollout, devices=(0,), count=1, **flags):
+    """Parameters and metrics after `count` updates on the same rollout, on the given learner devices."""
+    args = script.Args(**{**SMALL, "learner_device_ids": devices, "total_timesteps": 10**6, **flags})
+    sizes, places = script.check_args(args), script.find_devices(args)
+    network = Network()
+    params = network.init(jax.random.key(0), rollout.obs[0])
+    optimizer, _ = script.make_optimizer(args, sizes)
+    state = TrainState.create(apply_fn=network.apply, params=params, tx=optimizer)
+    states = [jax.device_put(state, device) for device in places.learners]
+    learn = script.make_update(args, network, places, sizes, jax.block_until_ready)
+    pieces = script.ship(rollout, 0, sizes.shard_envs, places)
+    shards = script.assemble([script.Delivery(0, pieces, [], {})])
+    for i in range(count):
+        states, metrics = learn(states, shards, jax.random.fold_in(jax.random.key(1), i))
+    for state in states[1:]:
+        assert script.params_sha256(state.params) == script.params_sha256(states[0].params)
+    params = jax.device_get(states[0].params)
+    return script.params_sha256(params), params, script.summarise(jax.device_get(metrics))
+
+
+@pytest.mark.parametrize("num_shards", [4, 8])
+def test_devices_change_no_bit(script, num_shards):
+    results = [
+        update(script, noise(script), devices, 2, num_shards=num_shards) for devices in [(0,), (1, 3), (0, 1, 2, 3)]
+    ]
+    assert len({digest for digest, _, _ in results}) == 1
+    assert results[0][2] == results[1][2] == results[2][2]
+    assert all(np.isfinite(value) for value in results[0][2].values())
+
+
+def test_an_odd_number_of_shards_changes_no_bit(script):
+    """12 shards on 1, 2, 3 and 4 devices: the tree is not cut at one level everywhere."""
+    flags = {"num_shards": 12, "local_num_envs": 6, "num_minibatches": 2}
+    results = [update(script, noise(script, envs=12), tuple(range(n)), **flags) for n in (1, 2, 3, 4)]
+    assert len({digest for digest, _, _ in results}) == 1
+
+
+def test_other_data_other_bits(script):
+    first, second = (update(script, noise(script, seed))[0] for seed in (0, 1))
+    assert first != second
+
+
+def test_what_a_reset_row_says_changes_no_bit(script):
+    """Its reward, and its value where no time limit is bootstrapped from it, may be anything."""
+    rollout = noise(script)
+    wasted = rollout.reset[:-1]
+    after_time_limit = np.concatenate([np.zeros((1, 16), bool), (rollout.reset[1:] & ~rollout.terminated)[:-1]])
+    assert wasted.sum() > 10
+    changed = rollout._replace(reward=np.where(wasted, np.float32(1e6), rollout.reward))
+    if "value" in script.Behaviour._fields:
+        value = np.where(wasted & ~after_time_limit, np.float32(1e6), rollout.behaviour.value)
+        assert (value == 1e6).any()
+        changed = changed._replace(behaviour=rollout.behaviour._replace(value=value))
+    assert update(script, rollout)[0] == update(script, changed)[0]
+    live = rollout._replace(reward=np.where(wasted, rollout.reward, rollout.reward + 1))
+    assert update(script, rollout)[0] != update(script, live)[0]
+
+
+def test_a_reset_rows_observation_and_action_teach_nothing(script):
+    """Other pixels and actions in the reset rows that follow a termination leave the loss as it is."""
+    rollout = noise(script)
+    after_termination = np.concatenate([np.zeros((1, 16), bool), rollout.terminated])
+    obs = np.where(after_termination[..., None, None, None], 255 - rollout.obs, rollout.obs)
+    action = np.where(after_termination[:-1], (rollout.behaviour.action + 1) % 5, rollout.behaviour.action)
+    changed = rollout._replace(obs=obs, behaviour=rollout.behaviour._replace(action=action))
+    assert update(script, rollout)[0] == update(script, changed)[0]
+
+
+@pytest.mark.parametrize("flags", [{"num_shards": 1}, {"num_shards": 16}, {"gradient_accumulation_steps": 2}])
+def test_pieces_change_rounding_only(script, flags):
+    """One shard or many, one piece or two: one minibatch over everything is the same sum, added up in another order."""
+    whole = {"num_minibatches": 1} | ({"update_epochs": 1} if hasattr(script.Args, "update_epochs") else {})
+    base, other = (update(script, noise(script), **whole, **more) for more in ({}, flags))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), base[1], other[1])
+    for name, value in base[2].items():
+        assert other[2][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+
+
+def test_learning_rate_falls_to_zero(script):
+    args = script.Args(**SMALL, total_timesteps=10 * 128)
+    sizes = script.check_args(args)
+    _, rate = script.make_optimizer(args, sizes)
+    assert sizes.updates == 10
+    rates = [float(rate(update)) for update in range(1, 11)]
+    np.testing.assert_allclose(rates, args.learning_rate * np.linspace(1, 0, 11)[:-1], rtol=1e-6)
+
+
+def test_tree_sum_is_one_tree(script):
+    """Any cut of the parts into equal runs, finished as a device would, gives the bits of the whole tree."""
+    parts = [np.float32(x) for x in np.random.default_rng(0).normal(size=12) * 10.0 ** np.arange(12)]
+    (whole,) = script.tree_sum(parts)
+    p = parts
+    level = [p[0] + p[1], p[2] + p[3], p[4] + p[5], p[6] + p[7], p[8] + p[9], p[10] + p[11]]
+    level = [level[0] + level[1], level[2] + level[3], level[4] + level[5]]
+    assert whole == (level[0] + level[1]) + level[2]
+    for devices in (1, 2, 3, 4, 6, 12):
+        own = 12 // devices
+        lower = [script.tree_sum(parts[i : i + own], while_even=True) for i in range(0, 12, own)]
+        assert script.tree_sum([x for sums in lower for x in sums]) == [whole]

@@ -1,0 +1,48 @@
+"""The files around the scripts agree with them."""
+
+import re
+import tomllib
+
+import conftest
+
+PYPROJECT = tomllib.loads((conftest.ROOT / "pyproject.toml").read_text())
+
+
+def header(script) -> dict:
+    text = (conftest.ROOT / f"{script.__name__}.py").read_text()
+    block = re.search(r"^# /// script\n(.*?)^# ///$", text, re.MULTILINE | re.DOTALL).group(1)
+    return tomllib.loads("".join(line[2:] for line in block.splitlines(keepends=True)))
+
+
+def test_pins_agree(script):
+    dependencies = header(script)["dependencies"]
+    assert dependencies == PYPROJECT["project"]["dependencies"]
+    assert all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in dependencies)
+    jax = next(line for line in dependencies if line.startswith("jax=="))
+    assert PYPROJECT["project"]["optional-dependencies"]["cuda"] == [jax.replace("jax", "jax[cuda13]")]
+
+
+def test_python_versions_agree(script):
+    lowest = header(script)["requires-python"]
+    assert PYPROJECT["project"]["requires-python"].startswith(lowest)
+
+
+def test_importing_a_script_starts_nothing(script):
+    import subprocess
+    import sys
+
+    code = (
+        f"import sys; sys.path.insert(0, {str(conftest.ROOT / 'tests')!r}); import conftest, threading, os\n"
+        f"conftest.load({script.__name__!r})\n"
+        "from jax._src import xla_bridge\n"
+        "print(xla_bridge.backends_are_initialized(), threading.active_count(), os.listdir('.'))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.stdout.strip() == "False 1 []", result.stderr
+
+
+def test_ci_runs_the_readme_s_test_command():
+    readme = (conftest.ROOT / "README.md").read_text()
+    assert "uv run pytest" in readme
+    assert "uv run pytest" in (conftest.ROOT / ".ci" / "run").read_text()
+    assert "uv run pytest" in (conftest.ROOT / ".github" / "workflows" / "tests.yml").read_text()

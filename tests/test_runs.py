@@ -1,0 +1,230 @@
+"""Whole runs on real Atari games, as a user starts them and as a user sees them."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import conftest
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+SHORT = [*conftest.SMALL, "--total-timesteps", "512", "--num-actor-threads", "2"]
+SYNC, CONCURRENT = [*SHORT, "--no-concurrency"], [*SHORT, "--concurrency"]
+SPLIT = ["--actor-device-ids", "0", "1", "--num-actor-threads", "1", "--learner-device-ids", "2", "3"]
+
+
+def hashes(summaries):
+    return [summary["params_sha256"] for summary in summaries]
+
+
+def test_same_flags_same_bits_anywhere(script, launcher):
+    """A rerun without compiled programs to reuse, other devices, another seed; with and without concurrency."""
+    fresh = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    summaries = launcher.run_all(
+        script,
+        (SYNC, {}),
+        (SYNC, fresh),
+        ([*SYNC, *SPLIT], {}),
+        ([*SYNC, "--seed", "2"], {}),
+        (CONCURRENT, {}),
+        ([*CONCURRENT, *SPLIT], {}),
+    )
+    sync, rerun, split, seed, concurrent, concurrent_split = hashes(summaries)
+    assert sync == rerun == split
+    assert concurrent == concurrent_split
+    assert len({sync, seed, concurrent}) == 3
+
+    summary = summaries[0]
+    assert summary["global_step"] == summary["updates"] * 256 == 512
+    assert summary["args"]["total_timesteps"] == 512
+    assert summary["sps_steady"] > summary["sps"] > 0
+    assert set(summary["versions"]) == {"python", "jax", "jaxlib", "flax", "optax", "envpool", "numpy"}
+    assert len(summaries[2]["devices"]["actors"]) == len(summaries[2]["devices"]["learners"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [SYNC, CONCURRENT], ids=["sync", "concurrent"])
+def test_more_topologies(script, launcher, mode):
+    topologies = [[], ["--learner-device-ids", "0", "1"], ["--learner-device-ids", "0", "1", "2", "3"], SPLIT]
+    flags = [([*mode, "--total-timesteps", "2048", *topology], {}) for topology in topologies]
+    assert len(set(hashes(launcher.run_all(script, *flags)))) == 1
+
+
+def test_what_a_run_writes(script, capsys):
+    """In this process: every metric of the README's table, the hyper-parameters and plain lines of progress."""
+    args = script.Args(
+        img_size=16, channels=(4,), local_num_envs=8, num_actor_threads=1, num_steps=128, num_minibatches=2,
+        total_timesteps=5 * 1024, log_frequency=2, env_id="SpaceInvaders-v5",
+    )  # fmt: skip
+    summary = script.train(args)
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if "steps/s," in line and "left" in line]
+    assert [line.split("/")[0].split()[-1] for line in lines] == ["1024", "2048", "4096", "5120"]
+    assert all("learner waits" in line for line in lines)
+    assert "no game over yet" in lines[0]
+    assert f"score {summary['mean_score']:.1f}" in lines[-1]
+    assert out.splitlines()[-1] == f"params sha256: {summary['params_sha256']}"
+
+    directory = Path("runs") / summary["run_name"]
+    assert json.loads((directory / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    events = EventAccumulator(str(directory)).Reload()
+    assert "SpaceInvaders-v5" in str(events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val)
+    names = set(events.Tags()["scalars"])
+    readme = (conftest.ROOT / "README.md").read_text()
+    documented = {
+        word for word in readme.replace("`", " ").split() if word.startswith(("charts/", "losses/", "stats/"))
+    }
+    assert names <= documented
+    loss_table = [name for name in names if name.startswith("losses/")]
+    assert {"losses/loss", "losses/explained_variance", "losses/grad_norm"} <= set(loss_table)
+    value = lambda name: [event.value for event in events.Scalars(name)]
+    assert [event.step for event in events.Scalars("charts/SPS")] == [1024, 2048, 4096, 5120]
+    assert sum(value("stats/episodes")) == summary["episodes"] > 0
+    np.testing.assert_allclose(value("charts/learning_rate")[-1], args.learning_rate / 5, rtol=1e-5)
+    assert value("stats/policy_lag")[-1] == args.concurrency
+    assert all(np.isfinite(value(name)).all() for name in names)
+    total = value("stats/rollout_time")[-1]
+    assert value("stats/inference_time")[-1] + value("stats/env_time")[-1] <= total * 1.01
+
+
+def test_scores_are_the_games_own(script, monkeypatch):
+    """mean_score of the summary is the sum of unclipped rewards over whole games, seen at the pool itself."""
+    scores, make_env = [], script.make_env
+
+    class Recorder:
+        def __init__(self, pool):
+            self.pool, self.sum, self.reset = pool, 0.0, pool.reset
+
+        def step(self, action):
+            obs, reward, terminated, truncated, info = self.pool.step(action)
+            self.sum = self.sum + info["reward"]
+            over = (info["lives"] == 0) | truncated
+            scores.extend(self.sum[over & (terminated | truncated)])
+            self.sum = np.where(over & (terminated | truncated), 0, self.sum)
+            return obs, reward, terminated, truncated, info
+
+    monkeypatch.setattr(script, "make_env", lambda *args: Recorder(make_env(*args)))
+    args = script.Args(
+        img_size=16, channels=(4,), local_num_envs=8, num_actor_threads=1, num_steps=128, num_minibatches=2,
+        total_timesteps=6 * 1024, env_id="SpaceInvaders-v5",
+    )  # fmt: skip
+    summary = script.train(args)
+    assert summary["episodes"] == len(scores) > 5
+    assert summary["mean_score"] == pytest.approx(np.mean(scores))
+    assert summary["mean_score"] > 10  # rewards of SpaceInvaders are 5 to 200; clipped they would be 1
+
+
+def wait_for_line(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(process.stderr.read())
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "preempted")])
+def test_a_signal_ends_a_run(script, launcher, tmp_path, number, status):
+    flags = [*conftest.SMALL, "--log-frequency", "1"]
+    process = launcher.start(script, *flags, PYTHONUNBUFFERED="1")
+    wait_for_line(process, "steps/s,")
+    start = time.monotonic()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - start < 5
+    assert process.returncode == 128 + number, err
+    assert "Traceback" not in err
+    (summary,) = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/summary.json")]
+    assert summary["status"] == status
+    assert summary["updates"] >= 1
+    assert out.splitlines()[-1] == f"params sha256: {summary['params_sha256']}"
+    events = EventAccumulator(str(tmp_path / "runs" / summary["run_name"])).Reload()
+    assert events.Scalars("charts/SPS")[-1].step == summary["global_step"]
+
+
+CRASH = """
+import sys
+sys.path.insert(0, {tests!r})
+import conftest
+script = conftest.load({name!r})
+make_env = script.make_env
+
+class Faulty:
+    def __init__(self, pool):
+        self.pool, self.steps, self.reset = pool, 0, pool.reset
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == 7:
+            raise OSError("the cartridge fell out")
+        return self.pool.step(action)
+
+pools = []
+def make(args, seeds, num_threads):
+    pool = make_env(args, seeds, num_threads)
+    return Faulty(pool) if seeds == script.env_seeds(args.seed, 0, 8, 8) else pool
+
+script.make_env = make
+sys.argv = ["script", *{flags!r}]
+script.main()
+"""
+
+
+def test_an_actor_that_dies_ends_the_run(script, launcher, tmp_path):
+    import subprocess
+    import sys
+
+    code = CRASH.format(tests=str(conftest.ROOT / "tests"), name=script.__name__, flags=SHORT)
+    start = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert result.returncode == 1
+    assert "actor 1 failed" in result.stderr
+    assert "OSError: the cartridge fell out" in result.stderr
+    assert "in step" in result.stderr  # the original traceback
+    (summary,) = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/summary.json")]
+    assert summary["status"] == "failed"
+    assert summary["seconds"] < 15
+    assert time.monotonic() - start < 60
+
+
+def test_nothing_is_left_when_an_actor_dies(script, monkeypatch, counting_pool):
+    """In this process: the error comes within seconds, and no actor or pool survives it."""
+    import threading
+
+    closed = []
+
+    class Faulty(counting_pool):
+        def step(self, action):
+            if len(self.log) == 7:
+                raise OSError("the cartridge fell out")
+            return super().step(action)
+
+    monkeypatch.setattr(script, "env_spec", lambda args: ((4, 8, 8), 4))
+    args = script.Args(img_size=8, channels=(4,), local_num_envs=4, num_actor_threads=2, num_steps=16,
+                       total_timesteps=10**6)  # fmt: skip
+    second = script.env_seeds(args.seed, 0, 4, 4)
+    monkeypatch.setattr(script, "make_env", lambda args, seeds, n: (Faulty if seeds == second else counting_pool)(4))
+    close = script.Envs.close
+    monkeypatch.setattr(script.Envs, "close", lambda envs: (closed.append(envs), close(envs)))
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="actor 1 failed") as caught:
+        script.train(args)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert time.monotonic() - start < 30
+    assert len(closed) == 2
+    assert all(envs.pool is None for envs in closed)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("actor")]
+
+
+def test_a_slow_cpu_is_told(script, launcher):
+    process = launcher.start(script, PYTHONUNBUFFERED="1")
+    line = process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    days = int(line.split("about ")[1].split()[0])
+    assert 1 < days < 5000
+    assert f"python {script.__name__}.py --img-size 42" in line
+    readme = (conftest.ROOT / "README.md").read_text()
+    assert line.split(f"{script.__name__}.py ")[1].strip() in readme
+    assert os.path.basename(script.__file__) in line
