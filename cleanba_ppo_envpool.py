@@ -26,9 +26,9 @@ plays which rollout never depends on which thread was fast:
     actors   play v0                    play v1                         without (the default here)
     learner              v0 -> v1                      v1 -> v2
 
-    python cleanba_ppo_envpool.py --env-id Pong-v5
-    python cleanba_ppo_envpool.py --actor-device-ids 0 --learner-device-ids 1 2 3 --num-shards 6 --local-num-envs 60
-    python cleanba_ppo_envpool.py --img-size 42 --channels 8 16 16 --local-num-envs 8 --num-steps 32  # a laptop
+    python THIS_FILE.py --env-id Pong-v5
+    python THIS_FILE.py --actor-device-ids 0 --learner-device-ids 1 2 3 --num-shards 12 --local-num-envs 60
+    python THIS_FILE.py --img-size 42 --channels 8 16 16 --local-num-envs 8 --num-steps 32    (a laptop)
 
 To change the environment edit section 2, the network section 3, the loss or a metric section 7.
 
@@ -378,23 +378,19 @@ class Delivery(NamedTuple):
     seconds: dict[str, float]
 
 
-class Stopwatch:
-    """Adds up the seconds spent under each name."""
-
-    def __init__(self):
-        self.seconds = defaultdict(float)
-
-    @contextmanager
-    def __call__(self, name: str):
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - start
+@contextmanager
+def timed(seconds: dict[str, float], name: str):
+    """Add the seconds that the block takes to seconds[name]."""
+    start = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - start
 
 
-def collect(envs, policy: Policy, params, key, num_steps: int, watch: Stopwatch, stopped=lambda: False) -> Rollout:
-    """Play `num_steps` steps and return them as NumPy arrays; a rollout begins where the last one ended."""
+def collect(envs, policy: Policy, params, key, num_steps: int, seconds, stopped=lambda: False) -> Rollout:
+    """Play `num_steps` steps and return them as NumPy arrays; a rollout begins where the last one ended.
+
+    `seconds` takes the times; `stopped` is asked at every step and, where it says so, Stopped raised.
+    """
     obs = np.empty((num_steps + 1, *envs.obs.shape), envs.obs.dtype)  # new each time: device_put may alias it
     reset = np.empty((num_steps + 1, len(envs.obs)), bool)
     reward = np.empty((num_steps, len(envs.obs)), np.float32)
@@ -404,14 +400,14 @@ def collect(envs, policy: Policy, params, key, num_steps: int, watch: Stopwatch,
         if stopped():
             raise Stopped
         obs[t], reset[t] = envs.obs, envs.reset
-        with watch("inference_time"):
+        with timed(seconds, "inference_time"):
             behaviour.append(jax.device_get(policy.act(params, obs[t], key, t)))
-        with watch("env_time"):
+        with timed(seconds, "env_time"):
             reward[t], terminated[t] = envs.step(behaviour[t].action)
     obs[num_steps], reset[num_steps] = envs.obs, envs.reset
-    with watch("inference_time"):
+    with timed(seconds, "inference_time"):
         last = jax.device_get(policy.last(params, obs[num_steps]))
-    with watch("storage_time"):
+    with timed(seconds, "storage_time"):
         return Rollout(obs, reset, reward, terminated, jax.tree.map(lambda *rows: np.stack(rows), *behaviour), **last)
 
 
@@ -425,15 +421,15 @@ def run_actor(actor_id: int, make_envs, policy: Policy, ship, handoff, key, num_
     try:
         envs = make_envs()
         for update in updates:
-            watch = Stopwatch()
-            with watch("params_queue_get_time"):
+            seconds = defaultdict(float)
+            with timed(seconds, "params_queue_get_time"):
                 version, params = handoff.take_params(actor_id)
             rollout_key = jax.random.fold_in(jax.random.fold_in(key, actor_id), update)
-            with watch("rollout_time"):
-                rollout = collect(envs, policy, params, rollout_key, num_steps, watch, handoff.stopped.is_set)
-            with watch("storage_time"):
+            with timed(seconds, "rollout_time"):
+                rollout = collect(envs, policy, params, rollout_key, num_steps, seconds, handoff.stopped.is_set)
+            with timed(seconds, "storage_time"):
                 rollout = ship(rollout)
-            handoff.put_rollout(actor_id, Delivery(version, rollout, envs.pop_games(), dict(watch.seconds)))
+            handoff.put_rollout(actor_id, Delivery(version, rollout, envs.pop_games(), seconds))
     except Stopped:
         pass
     except BaseException as error:
@@ -455,7 +451,8 @@ class HandOff:
     spends one per rollout. So the versions acting in updates 1, 2, 3, 4 are 0, 1, 2, 3, or 0, 0, 1, 2 with concurrency.
     """
 
-    def __init__(self, actor_ids):
+    def __init__(self, actor_ids, concurrency: bool):
+        self.concurrency = concurrency
         self.params = {actor_id: queue.SimpleQueue() for actor_id in actor_ids}
         self.rollouts = {actor_id: queue.SimpleQueue() for actor_id in actor_ids}
         self.ready, self.stopped = queue.SimpleQueue(), threading.Event()
@@ -473,9 +470,13 @@ class HandOff:
     def put_rollout(self, actor_id: int, delivery: Delivery) -> None:
         self.rollouts[actor_id].put(delivery)
 
-    def get_rollouts(self) -> list[Delivery]:
-        """Wait for one delivery of every actor, in the order of their ids."""
-        return [self._get(rollouts) for rollouts in self.rollouts.values()]
+    def get_rollouts(self, update: int) -> list[Delivery]:
+        """Wait for one delivery of every actor, in the order of their ids; all were played by the version due."""
+        deliveries = [self._get(rollouts) for rollouts in self.rollouts.values()]
+        versions = {delivery.version for delivery in deliveries}
+        if versions != {max(0, update - 1 - self.concurrency)}:
+            raise RuntimeError(f"update {update} got rollouts of versions {sorted(versions)}")
+        return deliveries
 
     def wait_until_ready(self, tree: Any) -> None:
         """jax.block_until_ready, in a thread of its own: XLA's wait is deaf to signals and failures, a queue is not."""
@@ -530,12 +531,12 @@ class Minibatch(NamedTuple):
 
 
 def log_prob(logits: jax.Array, action: jax.Array) -> jax.Array:
-    """log pi(action), f32[N,A], i32[N] -> f32[N]."""
-    return jnp.take_along_axis(jax.nn.log_softmax(logits), action[:, None], axis=1)[:, 0]
+    """log pi(action), f32[...,A], i32[...] -> f32[...]."""
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), action[..., None], axis=-1)[..., 0]
 
 
 def compute_gae(rollout: Rollout, gamma: float, gae_lambda: float) -> Estimate:
-    """Generalized advantage estimation (Schulman et al. 2016, eq. 16) that knows terminations from time limits.
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16), which knows terminations from time limits.
 
     The value of the next observation is dropped where an episode terminated; the trace is cut where it ended for any
     reason. At a time limit obs[t + 1] is the episode's last observation, so its value bootstraps exactly.
@@ -543,18 +544,16 @@ def compute_gae(rollout: Rollout, gamma: float, gae_lambda: float) -> Estimate:
     value = jnp.concatenate([rollout.behaviour.value, rollout.last_value])
     next_value = jnp.where(rollout.terminated, 0.0, value[1:])
     delta = rollout.reward + gamma * next_value - value[:-1]
+    trace = jnp.where(rollout.reset[1:], 0.0, gamma * gae_lambda)
 
     def backward(advantage, row):
-        delta, done = row
-        advantage = delta + gamma * gae_lambda * jnp.where(done, 0.0, advantage)
+        delta, trace = row
+        advantage = delta + trace * advantage
         return advantage, advantage
 
-    done = rollout.reset[1:]
-    _, advantage = jax.lax.scan(backward, jnp.zeros_like(delta[0]), (delta, done), reverse=True)
-    wasted = rollout.reset[:-1]
-    advantage = jnp.where(wasted, 0.0, advantage)
-    target = jnp.where(wasted, 0.0, advantage + value[:-1])
-    return Estimate(advantage, target, jnp.where(wasted, 0.0, 1.0))
+    _, advantage = jax.lax.scan(backward, jnp.zeros_like(delta[0]), (delta, trace), reverse=True)
+    keep = lambda x: jnp.where(rollout.reset[:-1], 0.0, x)
+    return Estimate(keep(advantage), keep(advantage + value[:-1]), keep(jnp.ones_like(advantage)))
 
 
 def ppo_loss(params, apply, minibatch: Minibatch, args: Args) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -603,9 +602,7 @@ def summarise(metrics: list[dict[str, np.ndarray]]) -> dict[str, float]:
 def make_optimizer(args: Args, sizes: Sizes) -> tuple[optax.GradientTransformation, Callable[[int], float]]:
     """The optimizer, and the learning rate of update u (from 1): constant in an update, linear to 0 over the run."""
 
-    def learning_rate(update):
-        return args.learning_rate * (1 - (update - 1) / sizes.updates) if args.anneal_lr else args.learning_rate
-
+    learning_rate = lambda u: args.learning_rate * (1 - (u - 1) / sizes.updates if args.anneal_lr else 1)
     steps = args.update_epochs * args.num_minibatches
     adam = optax.adam(lambda count: learning_rate(1 + count // steps), eps=1e-5)
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), adam), learning_rate
@@ -654,8 +651,8 @@ def make_update(args: Args, network: nn.Module, devices: "Devices", sizes: Sizes
     states: one TrainState, always the same, on every local learner device; rollouts: one of every local shard, on its
     device. Epochs and minibatches are a Python loop: inside `lax.scan` a convolution's gradient is ten times slower on
     a CPU. All arithmetic is in programs for one device and of fixed shape, so its bits do not depend on the topology.
-    wait: blocks until arrays are there. On a CPU it is called every step, because XLA blocks when 32 programs are under
-    way, and inside a collective that is a deadlock.
+    wait: blocks until arrays are there. On a CPU it holds Python to one step ahead: XLA blocks when 32 programs are
+    under way, which around a collective is a deadlock.
     """
     cpu = devices.learners[0].platform == "cpu"
     jit = lambda function, *first: jax.jit(partial(function, *first))
@@ -686,10 +683,10 @@ def make_update(args: Args, network: nn.Module, devices: "Devices", sizes: Sizes
                     for d, shard in zip(on, shards, strict=True)
                 ]
                 grads, values = zip(*total(parts), strict=True)
-                states, norms = zip(*map(step, states, grads), strict=True)
+                before, (states, norms) = states, zip(*map(step, states, grads), strict=True)
                 metrics.append(values[0] | {"grad_norm": norms[0]})
                 if cpu:
-                    wait(states)
+                    wait(before)
         return states, metrics
 
     return update
@@ -721,10 +718,10 @@ def find_devices(args: Args) -> Devices:
     return Devices([local[i] for i in args.actor_device_ids], learners, mesh, 0, owners)
 
 
-def tree_sum(parts: list[jax.Array], while_even: bool = False) -> list[jax.Array]:
+def tree_sum(parts: list, while_even: bool = False) -> list:
     """Sum by a balanced binary tree: neighbours are added, level by level, and an odd last one moves up as it is."""
     while len(parts) > 1 and not (while_even and len(parts) % 2):
-        sums = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)]
+        sums = [jax.tree.map(jnp.add, a, b) for a, b in zip(parts[::2], parts[1::2], strict=False)]
         parts = sums + parts[2 * len(sums) :]
     return parts
 
@@ -736,11 +733,14 @@ def make_total(devices: Devices) -> Callable[[list], list]:
     all-gather, which computes nothing, brings these vectors to all devices; each device finishes the same tree. So
     the order of additions, and with it every bit, is the same however many devices there are.
     """
+    alone = jax.jit(lambda *parts: tree_sum(list(parts))[0])
+    if devices.mesh.size == 1:
+        return lambda parts: [alone(*parts)]
     flatten = lambda tree: jax.flatten_util.ravel_pytree(tree)[0]
-    lower = jax.jit(lambda *parts: jnp.stack(tree_sum([flatten(part) for part in parts], while_even=True)))
-    gather = jax.jit(lambda x: x, out_shardings=NamedSharding(devices.mesh, P()))
+    lower = jax.jit(lambda *parts: jnp.stack([flatten(part) for part in tree_sum(list(parts), while_even=True)]))
+    split, everywhere = NamedSharding(devices.mesh, P("learner")), NamedSharding(devices.mesh, P())
+    gather = jax.jit(lambda x: x, out_shardings=everywhere)
     upper = jax.jit(lambda sums, like: jax.flatten_util.ravel_pytree(like)[1](tree_sum(list(sums))[0]))
-    split = NamedSharding(devices.mesh, P("learner"))
 
     def total(parts: list) -> list:
         own = len(parts) // len(devices.learners)
@@ -787,7 +787,8 @@ CPU_FLAGS = "--img-size 42 --channels 8 16 16 --local-num-envs 8 --num-steps 32 
 def warn_if_endless(args: Args, network: nn.Module, params: Any, obs: np.ndarray, device: jax.Device) -> None:
     """On a CPU, say so when the run would take more than a day, at 10 GFLOP/s a core (a gradient costs 3 passes)."""
     if device.platform == "cpu":
-        flops = jax.jit(network.apply).lower(params, obs).cost_analysis()["flops"] * (1 + 3 * args.update_epochs)
+        flops = jax.jit(network.apply).lower(params, obs).cost_analysis()["flops"]
+        flops *= 1 + 3 * getattr(args, "update_epochs", 1)
         days = args.total_timesteps * flops / (1e10 * len(os.sched_getaffinity(0))) / 86400
         if days > 1:
             command = f"python {Path(__file__).name} {CPU_FLAGS}"
@@ -817,7 +818,7 @@ class Report:
         self.seconds = defaultdict(float)
         self.start = self.logged_at = self.steady_from = time.perf_counter()
 
-    def update(self, deliveries: list[Delivery], seconds: dict[str, float], rate: float, lag: int, metrics) -> None:
+    def update(self, deliveries: list[Delivery], seconds: dict[str, float], rate: float, metrics) -> None:
         """Take in one update, and write it out if a log is due; `metrics` is still on the device."""
         self.updates += 1
         if self.updates == 1:
@@ -836,6 +837,7 @@ class Report:
         self.bar.set_postfix_str(state, refresh=False)
         self.bar.update(self.sizes.steps)
         if self.updates in (1, self.sizes.updates) or self.updates % self.args.log_frequency == 0:
+            lag = self.updates - 1 - deliveries[0].version
             self.log(state, rate, lag, summarise(jax.device_get(metrics)))
 
     def log(self, state: str, rate: float, lag: int, losses: dict[str, float]) -> None:
@@ -906,14 +908,6 @@ def start_actors(args: Args, sizes: Sizes, devices: Devices, policy: Policy, han
     return threads
 
 
-def check_lag(deliveries: list[Delivery], update: int, concurrency: bool) -> int:
-    """The lag of the acting policies, which the tokens make the same for all actors and all runs."""
-    lags = {update - 1 - delivery.version for delivery in deliveries}
-    if lags != {min(update - 1, int(concurrency))}:
-        raise RuntimeError(f"update {update} got rollouts with lags {sorted(lags)}")
-    return lags.pop()
-
-
 def catch_signals(handoff: HandOff) -> dict[int, Any]:
     """Let Ctrl-C and SIGTERM end the run at its next wait; returns the handlers that were there before.
 
@@ -939,7 +933,7 @@ def train(args: Args) -> dict[str, Any]:
     optimizer, learning_rate = make_optimizer(args, sizes)
     state = TrainState.create(apply_fn=network.apply, params=params, tx=optimizer)
     states = [jax.device_put(state, device) for device in devices.learners]
-    handoff = HandOff(range(sizes.actors))
+    handoff = HandOff(range(sizes.actors), args.concurrency)
     learn = make_update(args, network, devices, sizes, handoff.wait_until_ready)
     report = Report(args, sizes, devices)
     actors = start_actors(args, sizes, devices, make_policy(network), handoff, actor_key)
@@ -954,16 +948,15 @@ def train(args: Args) -> dict[str, Any]:
         for _ in range(1 + args.concurrency):
             give_params(0)
         for update in range(1, sizes.updates + 1):
-            watch = Stopwatch()
-            with watch("rollout_queue_get_time"):
-                deliveries = handoff.get_rollouts()
-            lag = check_lag(deliveries, update, args.concurrency)
-            with watch("training_time"):
+            seconds = defaultdict(float)
+            with timed(seconds, "rollout_queue_get_time"):
+                deliveries = handoff.get_rollouts(update)
+            with timed(seconds, "training_time"):
                 updated = learn(states, assemble(deliveries), jax.random.fold_in(learner_key, update))
                 handoff.wait_until_ready(updated)
             states, metrics = updated
             give_params(update)
-            report.update(deliveries, watch.seconds, learning_rate(update), lag, metrics)
+            report.update(deliveries, seconds, learning_rate(update), metrics)
     except BaseException as error:
         status = {KeyboardInterrupt: "interrupted", SystemExit: "preempted"}.get(type(error), "failed")
         raise
@@ -984,20 +977,17 @@ def main() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     try:
         train(args)
-        return
     except FlagError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
-    except SystemExit as error:
-        code = error.code
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # all is written; a thread may still wait inside XLA, and Python's own exit would abort over it
+    except BaseException as error:
+        codes = {KeyboardInterrupt: 128 + signal.SIGINT, SystemExit: 128 + signal.SIGTERM}
+        if type(error) not in codes:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # all is written; a thread may still wait inside XLA, and Python's own way out would abort over it
+        os._exit(codes.get(type(error), 1))
 
 
 if __name__ == "__main__":

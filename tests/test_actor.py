@@ -1,5 +1,7 @@
 """The actor against a pool whose observations say where they come from."""
 
+from collections import defaultdict
+
 import jax
 import numpy as np
 import pytest
@@ -21,8 +23,8 @@ def counting_policy(script):
 
 
 def rollouts(script, pool, count, num_steps):
-    envs, policy, watch = script.Envs(pool), counting_policy(script), script.Stopwatch()
-    return envs, [script.collect(envs, policy, {}, jax.random.key(i), num_steps, watch) for i in range(count)]
+    envs, policy, seconds = script.Envs(pool), counting_policy(script), defaultdict(float)
+    return envs, [script.collect(envs, policy, {}, jax.random.key(i), num_steps, seconds) for i in range(count)]
 
 
 def test_rows_line_up(script, counting_pool):
@@ -67,12 +69,12 @@ def test_actions_depend_on_actor_and_update_alone(script, counting_pool):
     network = type("Network", (), {"apply": lambda self, params, obs: (np.zeros((len(obs), 6)), np.zeros(len(obs)))})()
 
     def actions(actor_id, updates):
-        handoff = script.HandOff([actor_id])
+        handoff = script.HandOff([actor_id], False)
         for update in updates:
             handoff.give_params(actor_id, update - 1, {})
         make_envs, key = lambda: script.Envs(counting_pool(4)), jax.random.key(0)
         script.run_actor(actor_id, make_envs, script.make_policy(network), lambda r: r, handoff, key, 8, updates)
-        return [handoff.get_rollouts()[0].rollout.behaviour.action for _ in updates]
+        return [handoff.get_rollouts(update)[0].rollout.behaviour.action for update in updates]
 
     first, second = actions(0, range(1, 3))
     assert (second == actions(0, range(2, 3))[0]).all()
@@ -81,7 +83,7 @@ def test_actions_depend_on_actor_and_update_alone(script, counting_pool):
 
 
 def test_a_stopped_actor_closes_its_pool(script, counting_pool):
-    handoff, closed = script.HandOff([0]), []
+    handoff, closed = script.HandOff([0], False), []
     envs = script.Envs(counting_pool(2))
     envs.close = lambda: closed.append(True)
     handoff.stop()
@@ -92,7 +94,7 @@ def test_a_stopped_actor_closes_its_pool(script, counting_pool):
 @pytest.mark.parametrize("shard_envs", [1, 2, 3, 4, 6, 12])
 def test_pieces_come_together_as_they_were(script, shard_envs):
     """Two actors of 6 environments; shards smaller than, larger than and across actors."""
-    args = script.Args(num_shards=12 // shard_envs, local_num_envs=6)
+    args = script.Args(num_shards=12 // shard_envs, local_num_envs=6, num_minibatches=1)
     devices = script.find_devices(args)
     batch = np.arange(3 * 12).reshape(3, 12)
     rollout = lambda x: script.Rollout(**dict.fromkeys(script.Rollout._fields, x))

@@ -1,0 +1,945 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "envpool==1.2.5",
+#     "flax==0.12.8",
+#     "gymnasium==1.4.0",
+#     "jax==0.10.2",
+#     "numpy==2.4.6",
+#     "optax==0.2.8",
+#     "tensorboard==2.21.0",
+#     "tensorboardX==2.6.5",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+# ]
+# ///
+"""IMPALA on Atari with many actors and many learner devices, reproducible to the bit (Cleanba, Huang et al. 2023).
+
+Actors (threads, each with a pool of environments) play rollouts; the learner (one or more devices) turns one rollout
+of every actor into one update. Parameters are handed to the actors as tokens, one token a rollout, so which version
+plays which rollout never depends on which thread was fast:
+
+             rollout 1   rollout 2      rollout 3      rollout 4
+    actors   play v0     play v0        play v1        play v2          by default
+    learner              v0 -> v1       v1 -> v2       v2 -> v3
+
+    actors   play v0                    play v1                         with --no-concurrency
+    learner              v0 -> v1                      v1 -> v2
+
+    python THIS_FILE.py --env-id Pong-v5
+    python THIS_FILE.py --actor-device-ids 0 --learner-device-ids 1 2 3 --num-shards 12 --local-num-envs 60
+    python THIS_FILE.py --img-size 42 --channels 8 16 16 --local-num-envs 8 --num-steps 32    (a laptop)
+
+To change the environment edit section 2, the network section 3, the loss or a metric section 7.
+
+Departures from the published code, each explained in README.md: (1) the row that an auto-reset wastes teaches nothing,
+(2) a time limit is bootstrapped, (3) an action is paired with the reward it earned, and the loss is summed over the
+whole minibatch on any number of devices, (4) no two environments share a seed and no two actors a key, (5) gradients
+are added up in one fixed order, so devices do not change the result.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import defaultdict, deque
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from functools import partial, reduce
+from importlib.metadata import version as package_version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import envpool
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax.training.train_state import TrainState
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+# === §1 Args ==========================================================================================================
+
+
+@dataclass(frozen=True)
+class Args:
+    exp_name: str = Path(__file__).stem  # name of the experiment, a part of the run's name
+    seed: int = 1  # seed of the parameters, the environments and the actions
+    track: bool = False  # sync TensorBoard to Weights & Biases (pip install wandb)
+    wandb_project_name: str = "cleanba"  # Weights & Biases project
+    wandb_entity: str | None = None  # Weights & Biases team or user
+    log_frequency: int = 10  # updates between two logs
+    env_id: str = "Breakout-v5"  # an Atari game of EnvPool
+    img_size: int = 84  # height and width of an observation; 42 makes a CPU usable
+    env_threads: int = 0  # EnvPool threads of each actor; 0 shares the cores among the actors
+    total_timesteps: int = 50_000_000  # environment steps of the run, 4 frames each
+    learning_rate: float = 6e-4  # of RMSProp, at the start
+    local_num_envs: int = 64  # environments of each actor thread
+    num_actor_threads: int = 2  # actor threads on each actor device
+    num_steps: int = 20  # T, the steps of a rollout
+    anneal_lr: bool = True  # let the learning rate fall linearly to 0
+    gamma: float = 0.99  # discount of a reward one step later
+    num_minibatches: int = 4  # optimizer steps of an update; each takes an equal part of the environments
+    gradient_accumulation_steps: int = 1  # pieces of a shard's part of a minibatch: less memory, same statistics
+    ent_coef: float = 0.01  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the value loss (which has a factor of 0.5 of its own)
+    max_grad_norm: float = 40.0  # gradients are clipped to this global norm
+    channels: tuple[int, ...] = (16, 32, 32)  # channels of the network's convolution sequences
+    hiddens: tuple[int, ...] = (256,)  # widths of the dense layers after them
+    actor_device_ids: tuple[int, ...] = (0,)  # local devices that run the actors' forward passes
+    learner_device_ids: tuple[int, ...] = (0,)  # local devices that compute gradients
+    num_shards: int = 4  # slices of a batch whose gradients are computed apart; learner devices must divide it
+    concurrency: bool = True  # play the next rollout while the learner learns: policies lag by one update
+
+
+class FlagError(ValueError):
+    """A flag whose value cannot work; the message names the flag, its value, the rule and a value that works."""
+
+
+def require(ok: bool, args: Args, flag: str, rule: str, instead: Any) -> None:
+    """Raise FlagError about `flag` unless `ok`."""
+    if not ok:
+        show = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        name, value = "--" + flag.replace("_", "-"), show(getattr(args, flag)) or "(empty)"
+        raise FlagError(f"{name} {value}: {rule}. For example: {name} {show(instead)}")
+
+
+RANGES = {  # rule: (test of a value, flags)
+    "must be 0 or more": (lambda x: 0 <= x < np.inf, "seed env_threads ent_coef vf_coef"),
+    "must be above 0": (lambda x: 0 < x < np.inf, "learning_rate max_grad_norm"),
+    "must be 1 or more": (
+        lambda x: x >= 1,
+        "log_frequency local_num_envs num_actor_threads num_steps num_minibatches gradient_accumulation_steps "
+        "num_shards",
+    ),
+    "must be 8 or more": (lambda x: x >= 8, "img_size"),
+    "must lie between 0 and 1": (lambda x: 0 <= x <= 1, "gamma"),
+    "needs one or more widths, each 1 or more": (lambda x: len(x) > 0 and min(x) >= 1, "channels hiddens"),
+    "needs one or more device ids, each 0 or more and different": (
+        lambda x: len(x) > 0 and min(x) >= 0 and len(set(x)) == len(x),
+        "actor_device_ids learner_device_ids",
+    ),
+}
+
+
+class Sizes(NamedTuple):
+    """What the flags amount to."""
+
+    actors: int  # actor threads of this process
+    envs: int  # B, environments of all actors of all processes
+    steps: int  # T * B, steps of an update
+    shard_envs: int  # environments of a shard
+    updates: int  # updates of the run
+
+
+def nearest_divisor(value: int, number: int, multiple_of: int = 1) -> int | None:
+    """The divisor of `number` that is a multiple of `multiple_of` and nearest to `value`; None if there is none."""
+    divisors = (d for d in range(multiple_of, number + 1, multiple_of) if number % d == 0)
+    return min(divisors, key=lambda d: abs(d - value), default=None)
+
+
+def check_args(args: Args, num_processes: int = 1) -> Sizes:
+    """Hold the flags against each other before anything is built. Raises FlagError."""
+    if args.track and find_spec("wandb") is None:
+        raise FlagError("--track True: needs the package wandb, which is not installed. For example: pip install wandb")
+    for rule, (holds, flags) in RANGES.items():
+        for flag in flags.split():
+            require(holds(getattr(args, flag)), args, flag, rule, getattr(Args, flag))
+
+    def divides(flag: str, number: int, what: str) -> int:
+        divisor = nearest_divisor(getattr(args, flag), number)
+        require(divisor == getattr(args, flag), args, flag, f"must divide the {number} {what}", divisor)
+        return number // divisor
+
+    actors = args.num_actor_threads * len(args.actor_device_ids)
+    envs = actors * args.local_num_envs * num_processes
+    shard_envs = divides("num_shards", envs, "environments of a batch")
+    learners = len(args.learner_device_ids) * num_processes
+    if args.num_shards % learners:
+        fits = nearest_divisor(learners, args.num_shards) // num_processes or 1
+        rule = f"the number of learner devices ({learners}) must divide --num-shards {args.num_shards}"
+        wider = nearest_divisor(args.num_shards, envs, learners)
+        rule += f" (--num-shards {wider} would do)" if wider else ""
+        require(False, args, "learner_device_ids", rule, args.learner_device_ids[:fits])
+    part = divides("num_minibatches", shard_envs, "environments of a shard")
+    divides("gradient_accumulation_steps", part, "environments that a shard gives to a minibatch")
+    steps = envs * args.num_steps
+    rule = f"must allow one update of {steps} steps ({envs} environments x {args.num_steps} steps)"
+    require(args.total_timesteps >= steps, args, "total_timesteps", rule, steps)
+    return Sizes(actors, envs, steps, shard_envs, args.total_timesteps // steps)
+
+
+# === §2 Environment ===================================================================================================
+
+
+def env_options(args: Args) -> dict[str, Any]:
+    """EnvPool's options for the sticky-action protocol (Machado et al. 2018, table 5)."""
+    return dict(
+        episodic_life=False,
+        repeat_action_probability=0.25,
+        noop_max=1,  # none: the one no-op of a reset
+        full_action_space=True,
+        max_episode_steps=27_000,  # 108,000 frames, 30 minutes of play
+        reward_clip=True,
+        img_height=args.img_size,
+        img_width=args.img_size,
+    )
+
+
+def env_spec(args: Args) -> tuple[tuple[int, ...], int]:
+    """The shape of an observation (4, H, W) and the number of actions A, without building a pool."""
+    games = [name for name, (module, *_) in envpool.registration.registry.specs.items() if module == "envpool.atari"]
+    close = get_close_matches(args.env_id, games, 1) or [Args.env_id]
+    require(args.env_id in games, args, "env_id", f"must be one of EnvPool's {len(games)} Atari games", close[0])
+    spec = envpool.make_spec(args.env_id, **env_options(args))
+    return spec.observation_space.shape, int(spec.action_space.n)
+
+
+def env_seeds(seed: int, generation: int, first: int, count: int) -> list[int]:
+    """Seeds (int32) of the environments `first` to `first + count - 1`, numbered over all actors of all processes."""
+    sequences = [np.random.SeedSequence(seed, spawn_key=(generation, first + i)) for i in range(count)]
+    return [int(sequence.generate_state(1).view(np.int32)[0]) for sequence in sequences]
+
+
+def make_env(args: Args, seeds: list[int], num_threads: int) -> Any:
+    """A pool of len(seeds) environments in lock-step: with partial batches the order of data would depend on timing."""
+    options = dict(env_type="gymnasium", num_envs=len(seeds), seed=seeds, num_threads=num_threads)
+    return envpool.make(args.env_id, **options, **env_options(args))
+
+
+class Envs:
+    """B environments that are never reset by hand; hides what is peculiar to the simulator.
+
+    EnvPool resets an environment on the step *after* its episode ended: that step ignores its action and returns the
+    first observation of the next episode. The row of such a step is a reset row.
+
+    Attributes:
+        obs: u8[B, 4, H, W], what the agent sees now.
+        reset: bool[B], True where `obs` ended an episode, so that the next step only resets.
+    """
+
+    def __init__(self, pool: Any):
+        self.pool = pool
+        self.obs, _ = pool.reset()
+        self.reset = np.zeros(len(self.obs), bool)
+        self.score, self.length = np.zeros(len(self.obs)), np.zeros(len(self.obs), int)
+        self.games: list[tuple[float, int]] = []
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Play action i32[B]; return reward f32[B], clipped as the agent learns it, and terminated bool[B]."""
+        self.obs, reward, terminated, truncated, info = self.pool.step(action)
+        self.score += info["reward"]  # the game's own points
+        self.length += ~self.reset
+        over = info["terminated"].astype(bool) | truncated  # a whole game, also where a lost life ends an episode
+        self.games += zip(self.score[over].tolist(), self.length[over].tolist(), strict=True)
+        self.score[over], self.length[over] = 0, 0
+        self.reset = terminated | truncated
+        return reward, terminated
+
+    def pop_games(self) -> list[tuple[float, int]]:
+        """(score, length in steps) of every game that ended since the last call."""
+        games, self.games = self.games, []
+        return games
+
+    def close(self) -> None:
+        """Let the pool go; EnvPool ends its threads when the last reference is dropped."""
+        self.pool = None
+
+
+# === §3 Network [shared] ==============================================================================================
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """3x3 maximum with stride 2 and SAME padding, f32[N,H,W,C] -> f32[N,ceil(H/2),ceil(W/2),C].
+
+    Two passes of strided slices give the bits of `nn.max_pool`; their gradient takes a third of the time on a CPU.
+    """
+    for axis in (1, 2):
+        size = -(-x.shape[axis] // 2)
+        total = 2 * size + 1 - x.shape[axis]
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (total // 2, total - total // 2)
+        padded = jnp.pad(x, padding, constant_values=-jnp.inf)
+        x = reduce(jnp.maximum, (jax.lax.slice_in_dim(padded, i, i + 2 * size - 1, 2, axis) for i in range(3)))
+    return x
+
+
+class ResidualBlock(nn.Module):
+    channels: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nn.Conv(self.channels, (3, 3))(nn.relu(x))
+        return x + nn.Conv(self.channels, (3, 3))(nn.relu(y))
+
+
+class ActorCritic(nn.Module):
+    """IMPALA's large network (Espeholt et al. 2018, figure 3) without the LSTM.
+
+    u8[N,4,H,W] -> (logits f32[N,A], value f32[N])
+    """
+
+    num_actions: int
+    channels: tuple[int, ...]
+    hiddens: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = jnp.transpose(obs, (0, 2, 3, 1)) / 255.0
+        for channels in self.channels:
+            x = max_pool(nn.Conv(channels, (3, 3))(x))
+            x = ResidualBlock(channels)(x)
+            x = ResidualBlock(channels)(x)
+        x = nn.relu(x).reshape(x.shape[0], -1)
+        for width in self.hiddens:
+            x = nn.relu(nn.Dense(width, kernel_init=nn.initializers.orthogonal(np.sqrt(2)))(x))
+        logits = nn.Dense(self.num_actions, kernel_init=nn.initializers.orthogonal(0.01))(x)
+        value = nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0))(x)
+        return logits, value[:, 0]
+
+
+# === §4 Rollout =======================================================================================================
+
+
+class Behaviour(NamedTuple):
+    """What the acting policy did, and what its loss will ask about it."""
+
+    action: jax.Array  # i32[T,B]
+    logits: jax.Array  # f32[T,B,A]
+
+
+class Rollout(NamedTuple):
+    """T steps of B environments. Row t means obs[t] -> action[t] -> reward[t], terminated[t].
+
+    An episode ended in row t (terminated or cut by a time limit) exactly where reset[t + 1]; obs[t + 1] is then its
+    last observation. Every leaf has its environments on axis 1.
+    """
+
+    obs: jax.Array  # u8[T+1,B,4,H,W]
+    reset: jax.Array  # bool[T+1,B], rows that an auto-reset wastes
+    reward: jax.Array  # f32[T,B]
+    terminated: jax.Array  # bool[T,B]
+    behaviour: Behaviour
+
+
+class Policy(NamedTuple):
+    """How an actor uses the network; plain callables, so that a test needs no network and no thread."""
+
+    act: Callable  # (params, obs u8[B,...], key, t) -> Behaviour of one row
+    last: Callable  # (params, obs u8[B,...]) -> the fields of Rollout that depend on obs[T]
+
+
+def make_policy(network: nn.Module) -> Policy:
+    @jax.jit
+    def act(params, obs, key, t):
+        logits, _ = network.apply(params, obs)
+        return Behaviour(jax.random.categorical(jax.random.fold_in(key, t), logits), logits)
+
+    return Policy(act, lambda params, obs: {})  # the learner evaluates obs[T] itself
+
+
+# === §5 Actor [shared] ================================================================================================
+
+
+class Stopped(Exception):
+    """Raised in an actor when the run ends around it."""
+
+
+class Delivery(NamedTuple):
+    """What an actor hands to the learner: a rollout and the numbers that travel with it."""
+
+    version: int  # of the parameters that played
+    rollout: Any
+    games: list[tuple[float, int]]  # (score, length) of the games that ended
+    seconds: dict[str, float]
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str):
+    """Add the seconds that the block takes to seconds[name]."""
+    start = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - start
+
+
+def collect(envs, policy: Policy, params, key, num_steps: int, seconds, stopped=lambda: False) -> Rollout:
+    """Play `num_steps` steps and return them as NumPy arrays; a rollout begins where the last one ended.
+
+    `seconds` takes the times; `stopped` is asked at every step and, where it says so, Stopped raised.
+    """
+    obs = np.empty((num_steps + 1, *envs.obs.shape), envs.obs.dtype)  # new each time: device_put may alias it
+    reset = np.empty((num_steps + 1, len(envs.obs)), bool)
+    reward = np.empty((num_steps, len(envs.obs)), np.float32)
+    terminated = np.empty((num_steps, len(envs.obs)), bool)
+    behaviour = []
+    for t in range(num_steps):
+        if stopped():
+            raise Stopped
+        obs[t], reset[t] = envs.obs, envs.reset
+        with timed(seconds, "inference_time"):
+            behaviour.append(jax.device_get(policy.act(params, obs[t], key, t)))
+        with timed(seconds, "env_time"):
+            reward[t], terminated[t] = envs.step(behaviour[t].action)
+    obs[num_steps], reset[num_steps] = envs.obs, envs.reset
+    with timed(seconds, "inference_time"):
+        last = jax.device_get(policy.last(params, obs[num_steps]))
+    with timed(seconds, "storage_time"):
+        return Rollout(obs, reset, reward, terminated, jax.tree.map(lambda *rows: np.stack(rows), *behaviour), **last)
+
+
+def run_actor(actor_id: int, make_envs, policy: Policy, ship, handoff, key, num_steps: int, updates: range) -> None:
+    """The life of an actor thread: for every update, take parameters, play a rollout, `ship` it to the learner.
+
+    make_envs: () -> Envs. ship: Rollout -> what the learner receives. `key` is the run's; nothing random is carried
+    from one rollout to the next, so an actor can start at any update.
+    """
+    envs = None
+    try:
+        envs = make_envs()
+        for update in updates:
+            seconds = defaultdict(float)
+            with timed(seconds, "params_queue_get_time"):
+                version, params = handoff.take_params(actor_id)
+            rollout_key = jax.random.fold_in(jax.random.fold_in(key, actor_id), update)
+            with timed(seconds, "rollout_time"):
+                rollout = collect(envs, policy, params, rollout_key, num_steps, seconds, handoff.stopped.is_set)
+            with timed(seconds, "storage_time"):
+                rollout = ship(rollout)
+            handoff.put_rollout(actor_id, Delivery(version, rollout, envs.pop_games(), seconds))
+    except Stopped:
+        pass
+    except BaseException as error:
+        failure = RuntimeError(f"actor {actor_id} failed: {error!r}")
+        failure.__cause__ = error
+        handoff.fail(failure)
+    finally:
+        if envs is not None:
+            envs.close()
+
+
+# === §6 Hand-off [shared] =============================================================================================
+
+
+class HandOff:
+    """Parameters one way, rollouts the other. The tokens that the learner gives bound both kinds of queue.
+
+    The learner primes every actor with 1 + concurrency copies of version 0 and gives one more per update; an actor
+    spends one per rollout. So the versions acting in updates 1, 2, 3, 4 are 0, 1, 2, 3, or 0, 0, 1, 2 with concurrency.
+    """
+
+    def __init__(self, actor_ids, concurrency: bool):
+        self.concurrency = concurrency
+        self.params = {actor_id: queue.SimpleQueue() for actor_id in actor_ids}
+        self.rollouts = {actor_id: queue.SimpleQueue() for actor_id in actor_ids}
+        self.ready, self.stopped = queue.SimpleQueue(), threading.Event()
+
+    def give_params(self, actor_id: int, version: int, params: Any) -> None:
+        self.params[actor_id].put((version, params))
+
+    def take_params(self, actor_id: int) -> tuple[int, Any]:
+        """Wait for the next token: (version, parameters ready on the actor's device)."""
+        token = self.params[actor_id].get()
+        if token is None:
+            raise Stopped
+        return token[0], jax.block_until_ready(token[1])
+
+    def put_rollout(self, actor_id: int, delivery: Delivery) -> None:
+        self.rollouts[actor_id].put(delivery)
+
+    def get_rollouts(self, update: int) -> list[Delivery]:
+        """Wait for one delivery of every actor, in the order of their ids; all were played by the version due."""
+        deliveries = [self._get(rollouts) for rollouts in self.rollouts.values()]
+        versions = {delivery.version for delivery in deliveries}
+        if versions != {max(0, update - 1 - self.concurrency)}:
+            raise RuntimeError(f"update {update} got rollouts of versions {sorted(versions)}")
+        return deliveries
+
+    def wait_until_ready(self, tree: Any) -> None:
+        """jax.block_until_ready, in a thread of its own: XLA's wait is deaf to signals and failures, a queue is not."""
+
+        def wait():
+            try:
+                self.ready.put(jax.block_until_ready(tree) and None)
+            except BaseException as error:
+                self.ready.put(error)
+
+        threading.Thread(target=wait, daemon=True).start()
+        self._get(self.ready)
+
+    def fail(self, error: BaseException) -> None:
+        """Make the learner raise `error`, whatever it waits for. A signal handler may call this at any moment."""
+        for waiting in (self.ready, *self.rollouts.values()):
+            waiting.put(error)
+
+    def stop(self) -> None:
+        """Called by the learner: no actor waits or plays on."""
+        self.stopped.set()
+        for params in self.params.values():
+            params.put(None)
+
+    @staticmethod
+    def _get(waiting: queue.SimpleQueue) -> Any:
+        item = waiting.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+
+# === §7 Loss ==========================================================================================================
+
+
+def log_prob(logits: jax.Array, action: jax.Array) -> jax.Array:
+    """log pi(action), f32[...,A], i32[...] -> f32[...]."""
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), action[..., None], axis=-1)[..., 0]
+
+
+def vtrace(rollout: Rollout, value: jax.Array, rho: jax.Array, gamma: float) -> jax.Array:
+    """V-trace (Espeholt et al. 2018, eq. 1, with lambda and all clips 1), which knows terminations from time limits.
+
+    The value of the next observation is dropped where an episode terminated; the trace is cut where it ended for any
+    reason. At a time limit obs[t + 1] is the episode's last observation, so its value bootstraps exactly.
+
+    value: f32[T+1,B], V(obs); rho: f32[T,B], pi / mu, not clipped. Returns v - V, f32[T,B], 0 in reset rows. With these
+    clips it is the policy's advantage too: rho (r + gamma v' - V) = rho (r + gamma V' - V) + gamma c (v' - V').
+    """
+    rho = jnp.minimum(rho, 1.0)  # and c, which has the same bound
+    next_value = jnp.where(rollout.terminated, 0.0, value[1:])
+    delta = rho * (rollout.reward + gamma * next_value - value[:-1])
+    trace = jnp.where(rollout.reset[1:], 0.0, gamma * rho)
+
+    def backward(advantage, row):
+        delta, trace = row
+        advantage = delta + trace * advantage
+        return advantage, advantage
+
+    _, advantage = jax.lax.scan(backward, jnp.zeros_like(delta[0]), (delta, trace), reverse=True)
+    return jnp.where(rollout.reset[:-1], 0.0, advantage)
+
+
+def impala_loss(params, apply, rollout: Rollout, args: Args) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """IMPALA's loss (Espeholt et al. 2018, section 4.2) summed over T rows of M environments, reset rows left out.
+
+    apply: (params, obs) -> (logits f32[N,A], value f32[N]). Metrics are sums too; `summarise` divides by "weight".
+    """
+    steps, envs = rollout.reward.shape
+    logits, value = apply(params, rollout.obs.reshape(-1, *rollout.obs.shape[2:]))
+    logits, value = logits.reshape(steps + 1, envs, -1)[:-1], value.reshape(steps + 1, envs)
+    weight = 1.0 - rollout.reset[:-1]
+    total = lambda x: jnp.sum(weight * x)
+    logprob = log_prob(logits, rollout.behaviour.action)
+    rho = jnp.exp(logprob - log_prob(rollout.behaviour.logits, rollout.behaviour.action))
+    error = jax.lax.stop_gradient(vtrace(rollout, value, rho, args.gamma))
+    target = jax.lax.stop_gradient(value[:-1]) + error
+    policy_loss = -total(error * logprob)
+    value_loss = total(0.5 * jnp.square(target - value[:-1]))
+    entropy = total(-jnp.sum(jax.nn.softmax(logits) * jax.nn.log_softmax(logits), axis=-1))
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+
+    metrics = {
+        "loss": loss,
+        "policy_loss": policy_loss,
+        "value_loss": value_loss,
+        "entropy": entropy,
+        "rho_mean": total(rho),
+        "rho_max": jnp.max(weight * rho),
+        "rho_clipped": total(rho > 1.0),
+        "weight": total(1.0),
+        # the moments that `summarise` makes explained_variance of
+        "target": total(target),
+        "target_square": total(jnp.square(target)),
+        "error": total(error),
+        "error_square": total(jnp.square(error)),
+    }
+    return loss, metrics
+
+
+def summarise(metrics: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """Means over the rows of an update, and what only such means can say."""
+    rows = sum(m["weight"] for m in metrics)
+    mean = {name: float(sum(m[name].sum() for m in metrics) / rows) for name in metrics[0].keys() - {"weight"}}
+    error = mean.pop("error_square") - mean.pop("error") ** 2
+    target = mean.pop("target_square") - mean.pop("target") ** 2
+    mean |= {"rho_max": float(max(m["rho_max"].max() for m in metrics))}
+    mean |= {"grad_norm": float(np.mean([m["grad_norm"] for m in metrics]))}
+    return mean | {"explained_variance": 1 - error / target if target > 0 else 0.0}
+
+
+# === §8 Learner =======================================================================================================
+
+
+def make_optimizer(args: Args, sizes: Sizes) -> tuple[optax.GradientTransformation, Callable[[int], float]]:
+    """The optimizer, and the learning rate of update u (from 1): constant in an update, linear to 0 over the run."""
+
+    learning_rate = lambda u: args.learning_rate * (1 - (u - 1) / sizes.updates if args.anneal_lr else 1)
+    rate = lambda count: learning_rate(1 + count // args.num_minibatches)
+    rmsprop = optax.rmsprop(rate, decay=0.99, eps=0.01, eps_in_sqrt=False)  # as PyTorch's
+    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), rmsprop), learning_rate
+
+
+def shuffle(args: Args, key, shard, envs: int) -> jax.Array:
+    """Environment numbers of a shard in the order of an update, i32[minibatches, pieces, M]."""
+    index = jax.random.permutation(jax.random.fold_in(key, shard), envs)
+    return index.reshape(args.num_minibatches, args.gradient_accumulation_steps, -1)
+
+
+def shard_gradient(network, args: Args, params, rollout: Rollout, index, shard, at):
+    """Gradient and metrics of one piece of a minibatch, `at` = (minibatch, piece), to be added to all the others."""
+    minibatch = jax.tree.map(lambda x: x[:, index[at]], rollout)
+    (_, metrics), gradient = jax.value_and_grad(impala_loss, has_aux=True)(params, network.apply, minibatch, args)
+    places = jnp.zeros((args.num_shards, args.gradient_accumulation_steps))  # a maximum cannot be added up
+    return gradient, metrics | {"rho_max": places.at[shard, at[1]].set(metrics["rho_max"])}
+
+
+def make_update(args: Args, network: nn.Module, devices: "Devices", sizes: Sizes, wait: Callable) -> Callable:
+    """The learner: (states, rollouts, key) -> (states, metrics of every minibatch).
+
+    states: one TrainState, always the same, on every local learner device; rollouts: one of every local shard, on its
+    device. Minibatches are a Python loop: inside `lax.scan` a convolution's gradient is ten times slower on
+    a CPU. All arithmetic is in programs for one device and of fixed shape, so its bits do not depend on the topology.
+    wait: blocks until arrays are there. On a CPU it holds Python to one step ahead: XLA blocks when 32 programs are
+    under way, which around a collective is a deadlock.
+    """
+    cpu = devices.learners[0].platform == "cpu"
+    jit = lambda function, *first: jax.jit(partial(function, *first))
+    permute = jit(lambda key, shard: shuffle(args, key, shard, sizes.shard_envs))
+    gradient = jit(shard_gradient, network, args)
+    accumulate = jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+    step = jit(lambda state, grads: (state.apply_gradients(grads=grads), optax.tree.norm(grads)))
+    total = make_total(devices)
+
+    def minibatch_gradient(state, shard, minibatch):
+        pieces = range(args.gradient_accumulation_steps)
+        return reduce(accumulate, (gradient(state.params, *shard, (minibatch, i)) for i in pieces))
+
+    def update(states, rollouts, key):
+        on = devices.of_shard  # on[i]: the place of the i-th shard's device among the local learner devices
+        keys, metrics = [jax.device_put(key, device) for device in devices.learners], []
+        numbers = [devices.first_shard + i for i in range(len(on))]
+        index = [permute(keys[d], number) for d, number in zip(on, numbers, strict=True)]
+        shards = list(zip(rollouts, index, numbers, strict=True))
+        for m in range(args.num_minibatches):
+            parts = [minibatch_gradient(states[d], shard, m) for d, shard in zip(on, shards, strict=True)]
+            grads, values = zip(*total(parts), strict=True)
+            before, (states, norms) = states, zip(*map(step, states, grads), strict=True)
+            metrics.append(values[0] | {"grad_norm": norms[0]})
+            if cpu:
+                wait(before)
+        return states, metrics
+
+    return update
+
+
+# === §9 Devices, checkpoints, logging [shared] ========================================================================
+
+
+class Devices(NamedTuple):
+    """Where things are computed. Learner devices own equal runs of consecutive shards, in the order of the mesh."""
+
+    actors: list[jax.Device]  # of this process
+    learners: list[jax.Device]  # of this process
+    mesh: Mesh  # the learner devices of all processes
+    first_shard: int  # of this process
+    of_shard: list[int]  # the index in `learners` of each shard of this process
+
+
+def find_devices(args: Args) -> Devices:
+    """Turn device ids into devices. Raises FlagError."""
+    local = jax.local_devices()
+    for flag in ("actor_device_ids", "learner_device_ids"):
+        fits = tuple(i for i in getattr(args, flag) if i < len(local)) or (0,)
+        rule = f"there are {len(local)} {local[0].platform} device(s) here, numbered from 0"
+        require(fits == getattr(args, flag), args, flag, rule, fits)
+    learners = [local[i] for i in args.learner_device_ids]
+    mesh = Mesh(np.array(learners), ("learner",))
+    owners = [i for i in range(len(learners)) for _ in range(args.num_shards // mesh.size)]
+    return Devices([local[i] for i in args.actor_device_ids], learners, mesh, 0, owners)
+
+
+def tree_sum(parts: list, while_even: bool = False) -> list:
+    """Sum by a balanced binary tree: neighbours are added, level by level, and an odd last one moves up as it is."""
+    while len(parts) > 1 and not (while_even and len(parts) % 2):
+        sums = [jax.tree.map(jnp.add, a, b) for a, b in zip(parts[::2], parts[1::2], strict=False)]
+        parts = sums + parts[2 * len(sums) :]
+    return parts
+
+
+def make_total(devices: Devices) -> Callable[[list], list]:
+    """The sum over all shards: takes what each local shard adds (a tree), returns the sum on each local learner device.
+
+    One binary tree over the shard index. A device adds up its own shards as far as the tree has them together; an
+    all-gather, which computes nothing, brings these vectors to all devices; each device finishes the same tree. So
+    the order of additions, and with it every bit, is the same however many devices there are.
+    """
+    alone = jax.jit(lambda *parts: tree_sum(list(parts))[0])
+    if devices.mesh.size == 1:
+        return lambda parts: [alone(*parts)]
+    flatten = lambda tree: jax.flatten_util.ravel_pytree(tree)[0]
+    lower = jax.jit(lambda *parts: jnp.stack([flatten(part) for part in tree_sum(list(parts), while_even=True)]))
+    split, everywhere = NamedSharding(devices.mesh, P("learner")), NamedSharding(devices.mesh, P())
+    gather = jax.jit(lambda x: x, out_shardings=everywhere)
+    upper = jax.jit(lambda sums, like: jax.flatten_util.ravel_pytree(like)[1](tree_sum(list(sums))[0]))
+
+    def total(parts: list) -> list:
+        own = len(parts) // len(devices.learners)
+        sums = [lower(*parts[i : i + own]) for i in range(0, len(parts), own)]
+        shape = (devices.mesh.size * sums[0].shape[0], sums[0].shape[1])
+        whole = gather(jax.make_array_from_single_device_arrays(shape, split, sums))
+        here = {shard.device: shard.data for shard in whole.addressable_shards}
+        return [upper(here[device], parts[i * own]) for i, device in enumerate(devices.learners)]
+
+    return total
+
+
+def ship(rollout: Rollout, first_env: int, shard_envs: int, devices: Devices) -> list[tuple[int, Rollout]]:
+    """Cut a rollout at the borders of shards and send each piece to the device of its shard: [(shard, piece), ...].
+
+    Environments (`first_env` is the rollout's first one) and shards are numbered within this process.
+    """
+    end, pieces = first_env + rollout.reward.shape[1], []
+    for shard in range(first_env // shard_envs, -(-end // shard_envs)):
+        start, stop = max(first_env, shard * shard_envs) - first_env, min(end, (shard + 1) * shard_envs) - first_env
+        piece = jax.tree.map(lambda x, cut=slice(start, stop): x[:, cut], rollout)
+        pieces.append((shard, jax.device_put(piece, devices.learners[devices.of_shard[shard]])))
+    return pieces
+
+
+def assemble(deliveries: list[Delivery]) -> list[Rollout]:
+    """The rollout of every shard of this process, put together from the pieces that the actors shipped."""
+    shards = defaultdict(list)
+    for shard, piece in (piece for delivery in deliveries for piece in delivery.rollout):
+        shards[shard].append(piece)
+    join = lambda *leaves: jnp.concatenate(leaves, axis=1) if len(leaves) > 1 else leaves[0]
+    return [jax.tree.map(join, *shards[shard]) for shard in sorted(shards)]
+
+
+def params_sha256(params: Any) -> str:
+    """SHA-256 over the bytes of the leaves in tree order: equal hashes mean equal bits."""
+    leaves = jax.tree.leaves(jax.device_get(params))
+    return hashlib.sha256(b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in leaves)).hexdigest()
+
+
+CPU_FLAGS = "--img-size 42 --channels 8 16 16 --local-num-envs 8 --num-steps 32 --total-timesteps 16384"
+
+
+def warn_if_endless(args: Args, network: nn.Module, params: Any, obs: np.ndarray, device: jax.Device) -> None:
+    """On a CPU, say so when the run would take more than a day, at 10 GFLOP/s a core (a gradient costs 3 passes)."""
+    if device.platform == "cpu":
+        flops = jax.jit(network.apply).lower(params, obs).cost_analysis()["flops"]
+        flops *= 1 + 3 * getattr(args, "update_epochs", 1)
+        days = args.total_timesteps * flops / (1e10 * len(os.sched_getaffinity(0))) / 86400
+        if days > 1:
+            command = f"python {Path(__file__).name} {CPU_FLAGS}"
+            print(f"On this CPU the run would take about {days:.0f} days. Made for a CPU: {command}", flush=True)
+
+
+class Report:
+    """What a person sees of a run: TensorBoard, the live line, summary.json."""
+
+    def __init__(self, args: Args, sizes: Sizes, devices: Devices):
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        self.args, self.sizes, self.devices = args, sizes, devices
+        self.directory = Path("runs") / name
+        self.wandb = None
+        if args.track:
+            import wandb
+
+            project = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=name, save_code=True)
+            self.wandb = wandb.init(**project, sync_tensorboard=True, config=asdict(args))
+        self.writer = SummaryWriter(str(self.directory))
+        table = "\n".join(f"|{flag}|{value}|" for flag, value in asdict(args).items())
+        self.writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}")
+        line = "{percentage:3.0f}% {n_fmt}/{total_fmt} steps, {rate_fmt}, {remaining} left{postfix}"
+        self.bar = tqdm(total=sizes.updates * sizes.steps, unit=" steps", disable=None, bar_format=line)
+        self.scores, self.games, self.episodes = deque(maxlen=100), [], 0
+        self.updates = self.logged = 0
+        self.seconds = defaultdict(float)
+        self.start = self.logged_at = self.steady_from = time.perf_counter()
+
+    def update(self, deliveries: list[Delivery], seconds: dict[str, float], rate: float, metrics) -> None:
+        """Take in one update, and write it out if a log is due; `metrics` is still on the device."""
+        self.updates += 1
+        if self.updates == 1:
+            self.steady_from = time.perf_counter()
+        games = [game for delivery in deliveries for game in delivery.games]
+        self.episodes += len(games)
+        self.scores.extend(score for score, _ in games)
+        self.games += games
+        for source, share in [(seconds, 1.0), *((d.seconds, 1 / len(deliveries)) for d in deliveries)]:
+            for name, value in source.items():
+                self.seconds[name] += value * share
+        waited, learned = self.seconds["rollout_queue_get_time"], self.seconds["training_time"]
+        part = "environments" if self.seconds["env_time"] > self.seconds["inference_time"] else "inference"
+        state = f"score {np.mean(self.scores):.1f}" if self.scores else "no game over yet"
+        state += f", learner waits {waited / (waited + learned):.0%} of the time for {part}"
+        self.bar.set_postfix_str(state, refresh=False)
+        self.bar.update(self.sizes.steps)
+        if self.updates in (1, self.sizes.updates) or self.updates % self.args.log_frequency == 0:
+            lag = self.updates - 1 - deliveries[0].version
+            self.log(state, rate, lag, summarise(jax.device_get(metrics)))
+
+    def log(self, state: str, rate: float, lag: int, losses: dict[str, float]) -> None:
+        now, step, rounds = time.perf_counter(), self.updates * self.sizes.steps, self.updates - self.logged
+        sps, recent = step / (now - self.start), rounds * self.sizes.steps / (now - self.logged_at)
+        charts = {"SPS": sps, "SPS_update": recent, "learning_rate": rate}
+        if self.games:
+            charts["avg_episodic_return"], charts["avg_episodic_length"] = np.mean(self.games, axis=0)
+        stats = {name: value / rounds for name, value in self.seconds.items()}
+        stats |= {"policy_lag": lag, "episodes": len(self.games)}
+        for group, values in {"charts": charts, "losses": losses, "stats": stats}.items():
+            for name, value in values.items():
+                self.writer.add_scalar(f"{group}/{name}", value, step)
+        if self.bar.disable:
+            share, left = step / self.bar.total, (self.bar.total - step) / sps
+            pace = f"{step}/{self.bar.total} steps, {sps:.0f} steps/s, {left:.0f} s left"
+            print(f"{share:4.0%} {pace}, {state}", flush=True)
+        self.games, self.logged, self.logged_at, self.seconds = [], self.updates, now, defaultdict(float)
+
+    def close(self, status: str, params: Any) -> dict[str, Any]:
+        """Flush everything, write summary.json and print its gist."""
+        now, steps, scores = time.perf_counter(), self.updates * self.sizes.steps, list(self.scores)
+        packages, (actors, _, mesh, *_) = ("jax", "jaxlib", "flax", "optax", "envpool", "numpy"), self.devices
+        summary = {
+            "run_name": self.directory.name,
+            "status": status,
+            "args": asdict(self.args),
+            "versions": {"python": platform.python_version()} | {name: package_version(name) for name in packages},
+            "devices": {"actors": list(map(str, actors)), "learners": list(map(str, mesh.devices))},
+            "global_step": steps,
+            "updates": self.updates,
+            "seconds": now - self.start,
+            "sps": steps / (now - self.start),
+            "sps_steady": (steps - self.sizes.steps) / (now - self.steady_from) if self.updates > 1 else None,
+            "episodes": self.episodes,
+            "mean_score": float(np.mean(scores)) if scores else None,
+            "std_score": float(np.std(scores)) if scores else None,
+            "params_sha256": params_sha256(params),
+        }
+        (self.directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        self.bar.close()
+        self.writer.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+        games = f"{self.episodes} games" + (f", mean score {np.mean(scores):.2f}" if scores else "")
+        pace = f"{steps} steps in {summary['seconds']:.0f} s, {summary['sps']:.0f} steps/s"
+        print(f"{status}: {pace}, {games}; {self.directory}/summary.json")
+        print(f"params sha256: {summary['params_sha256']}", flush=True)
+        return summary
+
+
+# === §10 Train, evaluate, main [shared] ===============================================================================
+
+
+def start_actors(args: Args, sizes: Sizes, devices: Devices, policy: Policy, handoff: HandOff, key) -> list:
+    """One thread for every actor of this process."""
+    env_threads = args.env_threads or max(1, len(os.sched_getaffinity(0)) // sizes.actors)
+    threads = []
+    for actor_id in handoff.params:
+        first = actor_id * args.local_num_envs
+        seeds = env_seeds(args.seed, 0, first, args.local_num_envs)
+        make_envs = lambda seeds=seeds: Envs(make_env(args, seeds, env_threads))
+        to_learner = partial(ship, first_env=first, shard_envs=sizes.shard_envs, devices=devices)
+        updates = range(1, sizes.updates + 1)
+        actor = (actor_id, make_envs, policy, to_learner, handoff, key, args.num_steps, updates)
+        threads.append(threading.Thread(target=run_actor, args=actor, name=f"actor {actor_id}", daemon=True))
+        threads[-1].start()
+    return threads
+
+
+def catch_signals(handoff: HandOff) -> dict[int, Any]:
+    """Let Ctrl-C and SIGTERM end the run at its next wait; returns the handlers that were there before.
+
+    A handler that raises does not do: raised inside a callback of the garbage collector, an exception is lost.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    errors = {signal.SIGINT: KeyboardInterrupt(), signal.SIGTERM: SystemExit(128 + signal.SIGTERM)}
+    return {number: signal.signal(number, lambda *_, e=error: handoff.fail(e)) for number, error in errors.items()}
+
+
+def train(args: Args) -> dict[str, Any]:
+    """One whole run; returns what summary.json says. Raises FlagError before anything is built."""
+    sizes = check_args(args)
+    obs_shape, num_actions = env_spec(args)
+    devices = find_devices(args)
+    actor_key, learner_key, params_key = jax.random.split(jax.random.key(args.seed), 3)
+    network = ActorCritic(num_actions, args.channels, args.hiddens)
+    obs = np.zeros((1, *obs_shape), np.uint8)
+    quick = {"xla_backend_optimization_level": 0}  # runs once: the default would compile for seconds
+    params = jax.jit(network.init, compiler_options=quick)(params_key, obs)
+    warn_if_endless(args, network, params, obs, devices.learners[0])
+    optimizer, learning_rate = make_optimizer(args, sizes)
+    state = TrainState.create(apply_fn=network.apply, params=params, tx=optimizer)
+    states = [jax.device_put(state, device) for device in devices.learners]
+    handoff = HandOff(range(sizes.actors), args.concurrency)
+    learn = make_update(args, network, devices, sizes, handoff.wait_until_ready)
+    report = Report(args, sizes, devices)
+    actors = start_actors(args, sizes, devices, make_policy(network), handoff, actor_key)
+
+    def give_params(version: int) -> None:
+        copies = [jax.device_put(states[0].params, device) for device in devices.actors]
+        for i, actor_id in enumerate(handoff.params):
+            handoff.give_params(actor_id, version, copies[i // args.num_actor_threads])
+
+    status, handlers = "finished", catch_signals(handoff)
+    try:
+        for _ in range(1 + args.concurrency):
+            give_params(0)
+        for update in range(1, sizes.updates + 1):
+            seconds = defaultdict(float)
+            with timed(seconds, "rollout_queue_get_time"):
+                deliveries = handoff.get_rollouts(update)
+            with timed(seconds, "training_time"):
+                updated = learn(states, assemble(deliveries), jax.random.fold_in(learner_key, update))
+                handoff.wait_until_ready(updated)
+            states, metrics = updated
+            give_params(update)
+            report.update(deliveries, seconds, learning_rate(update), metrics)
+    except BaseException as error:
+        status = {KeyboardInterrupt: "interrupted", SystemExit: "preempted"}.get(type(error), "failed")
+        raise
+    finally:
+        handoff.stop()
+        for actor in actors:
+            actor.join()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        summary = report.close(status, states[0].params)
+    return summary
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_gpu_deterministic_ops" not in flags:  # read when the backend starts, that is by the first JAX call
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    try:
+        train(args)
+    except FlagError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BaseException as error:
+        codes = {KeyboardInterrupt: 128 + signal.SIGINT, SystemExit: 128 + signal.SIGTERM}
+        if type(error) not in codes:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # all is written; a thread may still wait inside XLA, and Python's own way out would abort over it
+        os._exit(codes.get(type(error), 1))
+
+
+if __name__ == "__main__":
+    main()

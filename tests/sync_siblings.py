@@ -1,0 +1,47 @@
+"""Copy what the three scripts have in common from the PPO file outward.
+
+    python tests/sync_siblings.py          copy; then read `git diff`
+    python tests/sync_siblings.py --check  change nothing, exit with 1 if a copy is missing
+
+Shared are the header with the pins, the imports, and every section whose title carries [shared].
+"""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "cleanba_ppo_envpool.py"
+SIBLINGS = [ROOT / "cleanba_impala_envpool.py", ROOT / "cleanba_ppo_envpool_impala_atari_wrapper.py"]
+
+
+def split(text: str) -> dict[str, str]:
+    """Title -> text of every part: "header", "docstring", "imports", then the sections by their title lines."""
+    head, *sections = re.split(r"^(?=# === §)", text, flags=re.MULTILINE)
+    header, docstring, imports = re.fullmatch(r'(.*?# ///\n)(""".*?"""\n)(.*)', head, re.DOTALL).groups()
+    return {"header": header, "docstring": docstring, "imports": imports} | {s.split("\n")[0]: s for s in sections}
+
+
+def shared(title: str) -> bool:
+    return title in ("header", "imports") or "[shared]" in title
+
+
+def synced(text: str, source: dict[str, str]) -> str:
+    """`text` with the shared parts of `source`."""
+    return "".join(source[title] if shared(title) else part for title, part in split(text).items())
+
+
+def main() -> int:
+    source, stale = split(SOURCE.read_text()), []
+    for path in SIBLINGS:
+        text = path.read_text()
+        if (new := synced(text, source)) != text:
+            stale.append(path.name)
+            if "--check" not in sys.argv:
+                path.write_text(new)
+    print("\n".join(f"{name}: shared parts differed" for name in stale) or "all in step")
+    return 1 if stale and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
