@@ -81,10 +81,10 @@ class Launcher:
         assert summary["status"] == "finished"
         return summary
 
-    def run_all(self, script, *runs: tuple[list[str], dict[str, str]]) -> list[dict]:
-        """Summaries of runs given as (flags, environment)."""
+    def run_all(self, script, *runs: list[str]) -> list[dict]:
+        """Summaries of runs given by their flags."""
         with ThreadPoolExecutor(2) as pool:
-            return list(pool.map(lambda run: self.run(script, *run[0], **run[1]), runs))
+            return list(pool.map(lambda flags: self.run(script, *flags), runs))
 
 
 @pytest.fixture

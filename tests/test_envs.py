@@ -1,5 +1,7 @@
 """Seeds, and EnvPool as it is."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -51,8 +53,6 @@ def test_spec_agrees_with_the_pool(script):
 
 
 def test_close_ends_the_threads(script):
-    import os
-
     threads = lambda: len(os.listdir("/proc/self/task"))
     before = threads()
     envs = script.Envs(script.make_env(script.Args(img_size=42), [1, 2, 3], 3))

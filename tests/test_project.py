@@ -1,6 +1,8 @@
 """The files around the scripts agree with them."""
 
 import re
+import subprocess
+import sys
 import tomllib
 
 import conftest
@@ -28,9 +30,6 @@ def test_python_versions_agree(script):
 
 
 def test_importing_a_script_starts_nothing(script):
-    import subprocess
-    import sys
-
     code = (
         f"import sys; sys.path.insert(0, {str(conftest.ROOT / 'tests')!r}); import conftest, threading, os\n"
         f"conftest.load({script.__name__!r})\n"

@@ -1,12 +1,15 @@
 """Whole runs on real Atari games, as a user starts them and as a user sees them."""
 
 import json
-import os
 import signal
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
 import conftest
+import jax
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -21,17 +24,9 @@ def hashes(summaries):
 
 
 def test_same_flags_same_bits_anywhere(script, launcher):
-    """A rerun without compiled programs to reuse, other devices, another seed; with and without concurrency."""
-    fresh = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-    summaries = launcher.run_all(
-        script,
-        (SYNC, {}),
-        (SYNC, fresh),
-        ([*SYNC, *SPLIT], {}),
-        ([*SYNC, "--seed", "2"], {}),
-        (CONCURRENT, {}),
-        ([*CONCURRENT, *SPLIT], {}),
-    )
+    """A rerun, other devices, another seed; with and without concurrency."""
+    split, seed = [*SYNC, *SPLIT], [*SYNC, "--seed", "2"]
+    summaries = launcher.run_all(script, SYNC, SYNC, split, seed, CONCURRENT, [*CONCURRENT, *SPLIT])
     sync, rerun, split, seed, concurrent, concurrent_split = hashes(summaries)
     assert sync == rerun == split
     assert concurrent == concurrent_split
@@ -49,8 +44,14 @@ def test_same_flags_same_bits_anywhere(script, launcher):
 @pytest.mark.parametrize("mode", [SYNC, CONCURRENT], ids=["sync", "concurrent"])
 def test_more_topologies(script, launcher, mode):
     topologies = [[], ["--learner-device-ids", "0", "1"], ["--learner-device-ids", "0", "1", "2", "3"], SPLIT]
-    flags = [([*mode, "--total-timesteps", "2048", *topology], {}) for topology in topologies]
+    flags = [[*mode, "--total-timesteps", "2048", *topology] for topology in topologies]
     assert len(set(hashes(launcher.run_all(script, *flags)))) == 1
+
+
+@pytest.mark.slow
+def test_a_program_compiled_again_has_the_same_bits(script, launcher):
+    fresh = launcher.run(script, *SYNC, JAX_ENABLE_COMPILATION_CACHE="false")
+    assert fresh["params_sha256"] == launcher.run(script, *SYNC)["params_sha256"]
 
 
 def test_what_a_run_writes(script, capsys):
@@ -124,23 +125,26 @@ def wait_for_line(process, text):
     raise AssertionError(process.stderr.read())
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "preempted")])
-def test_a_signal_ends_a_run(script, launcher, tmp_path, number, status):
-    flags = [*conftest.SMALL, "--log-frequency", "1"]
-    process = launcher.start(script, *flags, PYTHONUNBUFFERED="1")
-    wait_for_line(process, "steps/s,")
-    start = time.monotonic()
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert time.monotonic() - start < 5
-    assert process.returncode == 128 + number, err
-    assert "Traceback" not in err
-    (summary,) = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/summary.json")]
-    assert summary["status"] == status
-    assert summary["updates"] >= 1
-    assert out.splitlines()[-1] == f"params sha256: {summary['params_sha256']}"
-    events = EventAccumulator(str(tmp_path / "runs" / summary["run_name"])).Reload()
-    assert events.Scalars("charts/SPS")[-1].step == summary["global_step"]
+def test_a_signal_ends_a_run(script, launcher, tmp_path):
+    """Ctrl-C and SIGTERM, each on a run of its own."""
+    processes = {}
+    for number, game in ((signal.SIGINT, "Breakout-v5"), (signal.SIGTERM, "Pong-v5")):
+        flags = [*conftest.SMALL, "--log-frequency", "1", "--env-id", game]
+        processes[number] = game, launcher.start(script, *flags, PYTHONUNBUFFERED="1")
+    for number, (game, process) in processes.items():
+        wait_for_line(process, "steps/s,")
+        start = time.monotonic()
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert time.monotonic() - start < 5
+        assert process.returncode == 128 + number, err
+        assert "Traceback" not in err
+        (summary,) = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob(f"{game}*/summary.json")]
+        assert summary["status"] == {signal.SIGINT: "interrupted", signal.SIGTERM: "preempted"}[number]
+        assert summary["updates"] >= 1
+        assert out.splitlines()[-1] == f"params sha256: {summary['params_sha256']}"
+        events = EventAccumulator(str(tmp_path / "runs" / summary["run_name"])).Reload()
+        assert events.Scalars("charts/SPS")[-1].step == summary["global_step"]
 
 
 CRASH = """
@@ -172,9 +176,6 @@ script.main()
 
 
 def test_an_actor_that_dies_ends_the_run(script, launcher, tmp_path):
-    import subprocess
-    import sys
-
     code = CRASH.format(tests=str(conftest.ROOT / "tests"), name=script.__name__, flags=SHORT)
     start = time.monotonic()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
@@ -190,8 +191,6 @@ def test_an_actor_that_dies_ends_the_run(script, launcher, tmp_path):
 
 def test_nothing_is_left_when_an_actor_dies(script, monkeypatch, counting_pool):
     """In this process: the error comes within seconds, and no actor or pool survives it."""
-    import threading
-
     closed = []
 
     class Faulty(counting_pool):
@@ -217,14 +216,19 @@ def test_nothing_is_left_when_an_actor_dies(script, monkeypatch, counting_pool):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("actor")]
 
 
-def test_a_slow_cpu_is_told(script, launcher):
-    process = launcher.start(script, PYTHONUNBUFFERED="1")
-    line = process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    days = int(line.split("about ")[1].split()[0])
-    assert 1 < days < 5000
-    assert f"python {script.__name__}.py --img-size 42" in line
-    readme = (conftest.ROOT / "README.md").read_text()
-    assert line.split(f"{script.__name__}.py ")[1].strip() in readme
-    assert os.path.basename(script.__file__) in line
+def test_a_slow_cpu_is_told(script, capsys):
+    """The defaults would take weeks on a CPU; the command that is offered instead is the README's."""
+
+    def warn(**flags):
+        args = script.Args(**flags)
+        network, obs = script.ActorCritic(4, args.channels, args.hiddens), np.zeros((1, 4, 84, 84), np.uint8)
+        params = jax.eval_shape(network.init, jax.random.key(0), obs)
+        script.warn_if_endless(args, network, params, obs, jax.devices()[0])
+        return capsys.readouterr().out
+
+    line = warn()
+    assert 1 < int(line.split("about ")[1].split()[0]) < 1000
+    command = line.split("python ")[1].strip()
+    assert command.startswith(f"{script.__name__}.py --img-size 42")
+    assert command.split(" ", 1)[1] in (conftest.ROOT / "README.md").read_text()
+    assert warn(total_timesteps=100_000) == ""

@@ -1,0 +1,114 @@
+"""Does it learn? A falling block and a paddle, through the real actors, hand-off and learner."""
+
+import time
+
+import numpy as np
+import pytest
+
+SIZE = 8  # of the board, and of the observation
+
+
+class CatchPool:
+    """Stands in for an EnvPool pool. A block falls from a random column; a paddle moves left, stays or moves right.
+
+    Catching it scores 1, missing 0; either ends the episode. Columns of the last rows differ from where the paddle
+    starts, so a random policy catches one block in five or six.
+    """
+
+    def __init__(self, seeds: list[int]):
+        self.generators = [np.random.default_rng(seed % 2**32) for seed in seeds]
+        self.env = np.arange(len(seeds))
+
+    def start(self, which):
+        for i in np.flatnonzero(which):
+            self.column[i], self.paddle[i], self.row[i] = (*self.generators[i].integers(0, SIZE, 2), 0)
+
+    def observe(self):
+        obs = np.zeros((len(self.env), 4, SIZE, SIZE), np.uint8)
+        obs[self.env, 3, self.row, self.column] = 255
+        obs[self.env, 3, SIZE - 1, self.paddle] = 255
+        return obs
+
+    def reset(self):
+        self.column, self.paddle, self.row = np.zeros((3, len(self.env)), int)
+        self.over = np.zeros(len(self.env), bool)
+        self.start(~self.over)
+        return self.observe(), {}
+
+    def step(self, action):
+        wasted = self.over
+        self.paddle = np.where(wasted, self.paddle, np.clip(self.paddle + action - 1, 0, SIZE - 1))
+        self.row = np.where(wasted, self.row, self.row + 1)
+        self.over = ~wasted & (self.row == SIZE - 1)
+        reward = (self.over & (self.paddle == self.column)).astype(np.float32)
+        self.start(wasted)
+        info = {"reward": reward, "terminated": self.over.astype(np.int32)}
+        return self.observe(), reward, self.over, np.zeros_like(self.over), info
+
+
+FLAGS = dict(
+    img_size=SIZE, channels=(16,), hiddens=(64,), local_num_envs=16, num_actor_threads=2, num_steps=32,
+    log_frequency=10**6,
+)  # fmt: skip
+TUNED = {
+    "cleanba_ppo_envpool": dict(learning_rate=2e-3, total_timesteps=35_000),
+    "cleanba_ppo_envpool_impala_atari_wrapper": dict(learning_rate=2e-3, total_timesteps=35_000),
+    "cleanba_impala_envpool": dict(learning_rate=2e-3, total_timesteps=60_000),
+}
+
+
+def play(script, monkeypatch, **flags):
+    """Mean score of the last 100 games of a run on the tiny game."""
+    monkeypatch.setattr(script, "env_spec", lambda args: ((4, SIZE, SIZE), 3))
+    monkeypatch.setattr(script, "make_env", lambda args, seeds, num_threads: CatchPool(seeds))
+    return script.train(script.Args(**FLAGS, **{**TUNED[script.__name__], **flags}))["mean_score"]
+
+
+def test_it_learns(script, monkeypatch):
+    start = time.monotonic()
+    assert play(script, monkeypatch) >= 0.9
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [2, 3, 4])
+def test_it_learns_with_any_seed(script, monkeypatch, seed):
+    assert play(script, monkeypatch, seed=seed) >= 0.9
+
+
+def test_it_does_not_learn_from_the_reward_before(script, monkeypatch):
+    """Each action paired with the reward that arrived before it, as the published IMPALA had it."""
+    step = script.Envs.step
+
+    def shifted(self, action):
+        before = getattr(self, "before", np.zeros(len(action), np.float32))
+        self.before, terminated = step(self, action)
+        return before, terminated
+
+    monkeypatch.setattr(script.Envs, "step", shifted)
+    assert play(script, monkeypatch) < 0.5
+
+
+def test_it_does_not_learn_with_the_sign_flipped(script, monkeypatch):
+    if hasattr(script, "compute_gae"):
+        gae = script.compute_gae
+        flip = lambda *args: (e := gae(*args))._replace(advantage=-e.advantage)
+        monkeypatch.setattr(script, "compute_gae", flip)
+    else:
+        vtrace = script.vtrace
+        monkeypatch.setattr(script, "vtrace", lambda *args: -vtrace(*args))
+    assert play(script, monkeypatch) < 0.5
+
+
+def test_the_game_can_be_lost_and_won():
+    """A random policy stays far below 0.9, a perfect one catches what can be reached: every block."""
+    pool, rng = CatchPool(list(range(64))), np.random.default_rng(0)
+    pool.reset()
+    scores = {"random": [], "perfect": []}
+    for name in scores:
+        for _ in range(200):
+            perfect = 1 + np.sign(pool.column - pool.paddle)
+            _, reward, over, _, _ = pool.step(perfect if name == "perfect" else rng.integers(0, 3, 64))
+            scores[name] += reward[over].tolist()
+    assert np.mean(scores["perfect"][100:]) == 1
+    assert 0.05 < np.mean(scores["random"]) < 0.3
