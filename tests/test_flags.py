@@ -17,7 +17,7 @@ BAD = [
     "--actor-device-ids 1 1",
     "--num-shards 3 --local-num-envs 64",
     "--num-shards 0",
-    "--num-minibatches 5",
+    "--num-minibatches 5 --local-num-envs 64",
     "--num-minibatches 0",
     "--gradient-accumulation-steps 7",
     "--local-num-envs 0",
@@ -41,6 +41,7 @@ FLOATS = {"learning-rate": float, "gamma": float, "max-grad-norm": float, "ent-c
 def test_bad_flag(script, line, monkeypatch, capsys):
     for name in ("make_env", "start_actors", "make_update", "ActorCritic"):
         monkeypatch.setattr(script, name, lambda *_: pytest.fail("built something before the flags were checked"))
+    monkeypatch.setattr(script.os, "_exit", lambda code: pytest.fail("took the flags"))
     monkeypatch.setattr(sys, "argv", ["script", *line.split()])
     with pytest.raises(SystemExit) as caught:
         script.main()
