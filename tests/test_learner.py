@@ -57,20 +57,17 @@ def update(script, rollout, devices=(0,), count=1, **flags):
     return script.params_sha256(params), params, script.summarise(jax.device_get(metrics))
 
 
-@pytest.mark.parametrize("num_shards", [4, 8])
-def test_devices_change_no_bit(script, num_shards):
-    results = [
-        update(script, noise(script), devices, 2, num_shards=num_shards) for devices in [(0,), (1, 3), (0, 1, 2, 3)]
-    ]
+def test_devices_change_no_bit(script):
+    results = [update(script, noise(script), devices, 2) for devices in [(0,), (1, 3), (0, 1, 2, 3)]]
     assert len({digest for digest, _, _ in results}) == 1
     assert results[0][2] == results[1][2] == results[2][2]
     assert all(np.isfinite(value) for value in results[0][2].values())
 
 
 def test_an_odd_number_of_shards_changes_no_bit(script):
-    """12 shards on 1, 2, 3 and 4 devices: the tree is not cut at one level everywhere."""
+    """12 shards on 1, 3 and 4 devices: the tree is not cut at one level everywhere."""
     flags = {"num_shards": 12, "local_num_envs": 6, "num_minibatches": 1}
-    results = [update(script, noise(script, envs=12), tuple(range(n)), **flags) for n in (1, 2, 3, 4)]
+    results = [update(script, noise(script, envs=12), tuple(range(n)), **flags) for n in (1, 3, 4)]
     assert len({digest for digest, _, _ in results}) == 1
 
 

@@ -53,7 +53,7 @@ FLAGS = dict(
 TUNED = {
     "cleanba_ppo_envpool": dict(learning_rate=2e-3, total_timesteps=35_000),
     "cleanba_ppo_envpool_impala_atari_wrapper": dict(learning_rate=2e-3, total_timesteps=35_000),
-    "cleanba_impala_envpool": dict(learning_rate=2e-3, total_timesteps=60_000),
+    "cleanba_impala_envpool": dict(learning_rate=2e-3, total_timesteps=80_000),
 }
 
 
