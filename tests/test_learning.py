@@ -51,9 +51,9 @@ FLAGS = dict(
     log_frequency=10**6,
 )  # fmt: skip
 TUNED = {
-    "cleanba_ppo_envpool": dict(learning_rate=2e-3, total_timesteps=35_000),
-    "cleanba_ppo_envpool_impala_atari_wrapper": dict(learning_rate=2e-3, total_timesteps=35_000),
-    "cleanba_impala_envpool": dict(learning_rate=2e-3, total_timesteps=80_000),
+    "cleanba_ppo_envpool": dict(learning_rate=2e-3, total_timesteps=45_000),
+    "cleanba_ppo_envpool_impala_atari_wrapper": dict(learning_rate=2e-3, total_timesteps=45_000),
+    "cleanba_impala_envpool": dict(learning_rate=4e-3, total_timesteps=100_000),
 }
 
 

@@ -200,8 +200,8 @@ def test_nothing_is_left_when_an_actor_dies(script, monkeypatch, counting_pool):
             return super().step(action)
 
     monkeypatch.setattr(script, "env_spec", lambda args: ((4, 8, 8), 4))
-    args = script.Args(img_size=8, channels=(4,), local_num_envs=4, num_actor_threads=2, num_steps=16, num_minibatches=2,
-                       total_timesteps=10**6)  # fmt: skip
+    args = script.Args(img_size=8, channels=(4,), local_num_envs=4, num_actor_threads=2, num_steps=16,
+                       num_minibatches=2, total_timesteps=10**6)  # fmt: skip
     second = script.env_seeds(args.seed, 0, 4, 4)
     monkeypatch.setattr(script, "make_env", lambda args, seeds, n: (Faulty if seeds == second else counting_pool)(4))
     close = script.Envs.close
