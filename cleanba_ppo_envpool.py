@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.11,<3.15"
 # dependencies = [
 #     "envpool==1.2.5",
 #     "flax==0.12.8",
@@ -27,7 +27,7 @@ plays which rollout never depends on which thread was fast:
     learner              v0 -> v1                      v1 -> v2
 
     python THIS_FILE.py --env-id Pong-v5
-    python THIS_FILE.py --actor-device-ids 0 --learner-device-ids 1 2 3 --num-shards 12 --local-num-envs 60
+    python THIS_FILE.py --actor-device-ids 0 --learner-device-ids 1 2 3 --num-shards 6 --local-num-envs 60
     python THIS_FILE.py --img-size 42 --channels 8 16 16 --local-num-envs 8 --num-steps 32    (a laptop)
 
 To change the environment edit section 2, the network section 3, the loss or a metric section 7.
@@ -66,6 +66,7 @@ import numpy as np
 import optax
 import tyro
 from flax.training.train_state import TrainState
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tensorboardX import SummaryWriter
@@ -122,7 +123,8 @@ def require(ok: bool, args: Args, flag: str, rule: str, instead: Any) -> None:
 
 
 RANGES = {  # rule: (test of a value, flags)
-    "must be 0 or more": (lambda x: 0 <= x < np.inf, "seed env_threads ent_coef vf_coef"),
+    "must be 0 or more": (lambda x: 0 <= x < np.inf, "env_threads ent_coef vf_coef"),
+    "must be 0 to 4294967295": (lambda x: 0 <= x < 2**32, "seed"),
     "must be above 0": (lambda x: 0 < x < np.inf, "learning_rate clip_coef max_grad_norm"),
     "must be 1 or more": (
         lambda x: x >= 1,
@@ -155,6 +157,11 @@ def nearest_divisor(value: int, number: int, multiple_of: int = 1) -> int | None
     return min(divisors, key=lambda d: abs(d - value), default=None)
 
 
+def even_split(ids: tuple[int, ...], num_shards: int) -> tuple[int, ...]:
+    """The first of `ids`, as many as divide `num_shards`."""
+    return next(ids[:n] for n in range(len(ids), 0, -1) if num_shards % n == 0)
+
+
 def check_args(args: Args, num_processes: int = 1) -> Sizes:
     """Hold the flags against each other before anything is built. Raises FlagError."""
     if args.track and find_spec("wandb") is None:
@@ -173,11 +180,10 @@ def check_args(args: Args, num_processes: int = 1) -> Sizes:
     shard_envs = divides("num_shards", envs, "environments of a batch")
     learners = len(args.learner_device_ids) * num_processes
     if args.num_shards % learners:
-        fits = nearest_divisor(learners, args.num_shards) // num_processes or 1
         rule = f"the number of learner devices ({learners}) must divide --num-shards {args.num_shards}"
         wider = nearest_divisor(args.num_shards, envs, learners)
         rule += f" (--num-shards {wider} would do)" if wider else ""
-        require(False, args, "learner_device_ids", rule, args.learner_device_ids[:fits])
+        require(False, args, "learner_device_ids", rule, even_split(args.learner_device_ids, args.num_shards))
     rows = divides("num_minibatches", args.num_steps * shard_envs, "rows (steps x environments) of a shard")
     divides("gradient_accumulation_steps", rows, "rows that a shard gives to a minibatch")
     steps = envs * args.num_steps
@@ -428,7 +434,7 @@ def run_actor(actor_id: int, make_envs, policy: Policy, ship, handoff, key, num_
             with timed(seconds, "rollout_time"):
                 rollout = collect(envs, policy, params, rollout_key, num_steps, seconds, handoff.stopped.is_set)
             with timed(seconds, "storage_time"):
-                rollout = ship(rollout)
+                rollout = jax.block_until_ready(ship(rollout))
             handoff.put_rollout(actor_id, Delivery(version, rollout, envs.pop_games(), seconds))
     except Stopped:
         pass
@@ -483,7 +489,8 @@ class HandOff:
 
         def wait():
             try:
-                self.ready.put(jax.block_until_ready(tree) and None)
+                jax.block_until_ready(tree)
+                self.ready.put(None)
             except BaseException as error:
                 self.ready.put(error)
 
@@ -651,10 +658,9 @@ def make_update(args: Args, network: nn.Module, devices: "Devices", sizes: Sizes
     states: one TrainState, always the same, on every local learner device; rollouts: one of every local shard, on its
     device. Epochs and minibatches are a Python loop: inside `lax.scan` a convolution's gradient is ten times slower on
     a CPU. All arithmetic is in programs for one device and of fixed shape, so its bits do not depend on the topology.
-    wait: blocks until arrays are there. On a CPU it holds Python to one step ahead: XLA blocks when 32 programs are
-    under way, which around a collective is a deadlock.
+    wait: blocks until arrays are there; it holds Python to one step ahead of the devices, so that the forward passes of
+    an actor on the same device come in between.
     """
-    cpu = devices.learners[0].platform == "cpu"
     jit = lambda function, *first: jax.jit(partial(function, *first))
     estimate = jit(lambda rollout: compute_gae(rollout, args.gamma, args.gae_lambda))
     permute = jit(lambda key, shard: shuffle(args, key, shard, args.num_steps * sizes.shard_envs))
@@ -662,7 +668,7 @@ def make_update(args: Args, network: nn.Module, devices: "Devices", sizes: Sizes
     gradient = jit(shard_gradient, network, args)
     accumulate = jit(lambda a, b: jax.tree.map(jnp.add, a, b))
     step = jit(lambda state, grads: (state.apply_gradients(grads=grads), optax.tree.norm(grads)))
-    total = make_total(devices)
+    total = make_total(devices, wait)
 
     def minibatch_gradient(state, shard, sums, squares, minibatch):
         pieces = range(args.gradient_accumulation_steps)
@@ -685,8 +691,7 @@ def make_update(args: Args, network: nn.Module, devices: "Devices", sizes: Sizes
                 grads, values = zip(*total(parts), strict=True)
                 before, (states, norms) = states, zip(*map(step, states, grads), strict=True)
                 metrics.append(values[0] | {"grad_norm": norms[0]})
-                if cpu:
-                    wait(before)
+                wait(before)
         return states, metrics
 
     return update
@@ -711,7 +716,7 @@ def find_devices(args: Args) -> Devices:
     for flag in ("actor_device_ids", "learner_device_ids"):
         fits = tuple(i for i in getattr(args, flag) if i < len(local)) or (0,)
         rule = f"there are {len(local)} {local[0].platform} device(s) here, numbered from 0"
-        require(fits == getattr(args, flag), args, flag, rule, fits)
+        require(fits == getattr(args, flag), args, flag, rule, even_split(fits, args.num_shards))
     learners = [local[i] for i in args.learner_device_ids]
     mesh = Mesh(np.array(learners), ("learner",))
     owners = [i for i in range(len(learners)) for _ in range(args.num_shards // mesh.size)]
@@ -726,7 +731,7 @@ def tree_sum(parts: list, while_even: bool = False) -> list:
     return parts
 
 
-def make_total(devices: Devices) -> Callable[[list], list]:
+def make_total(devices: Devices, wait: Callable) -> Callable[[list], list]:
     """The sum over all shards: takes what each local shard adds (a tree), returns the sum on each local learner device.
 
     One binary tree over the shard index. A device adds up its own shards as far as the tree has them together; an
@@ -736,15 +741,17 @@ def make_total(devices: Devices) -> Callable[[list], list]:
     alone = jax.jit(lambda *parts: tree_sum(list(parts))[0])
     if devices.mesh.size == 1:
         return lambda parts: [alone(*parts)]
-    flatten = lambda tree: jax.flatten_util.ravel_pytree(tree)[0]
-    lower = jax.jit(lambda *parts: jnp.stack([flatten(part) for part in tree_sum(list(parts), while_even=True)]))
+    lower = jax.jit(lambda *parts: jnp.stack([ravel_pytree(p)[0] for p in tree_sum(list(parts), while_even=True)]))
     split, everywhere = NamedSharding(devices.mesh, P("learner")), NamedSharding(devices.mesh, P())
     gather = jax.jit(lambda x: x, out_shardings=everywhere)
-    upper = jax.jit(lambda sums, like: jax.flatten_util.ravel_pytree(like)[1](tree_sum(list(sums))[0]))
+    upper = jax.jit(lambda sums, like: ravel_pytree(like)[1](tree_sum(list(sums))[0]))
+    cpu = devices.learners[0].platform == "cpu"
 
     def total(parts: list) -> list:
         own = len(parts) // len(devices.learners)
         sums = [lower(*parts[i : i + own]) for i in range(0, len(parts), own)]
+        if cpu:  # XLA blocks when 32 programs of a device are under way; around a collective that is a deadlock
+            wait(sums)
         shape = (devices.mesh.size * sums[0].shape[0], sums[0].shape[1])
         whole = gather(jax.make_array_from_single_device_arrays(shape, split, sums))
         here = {shard.device: shard.data for shard in whole.addressable_shards}
@@ -781,6 +788,11 @@ def params_sha256(params: Any) -> str:
     return hashlib.sha256(b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in leaves)).hexdigest()
 
 
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 CPU_FLAGS = "--img-size 42 --channels 8 16 16 --local-num-envs 8 --num-steps 32 --total-timesteps 16384"
 
 
@@ -789,7 +801,7 @@ def warn_if_endless(args: Args, network: nn.Module, params: Any, obs: np.ndarray
     if device.platform == "cpu":
         flops = jax.jit(network.apply).lower(params, obs).cost_analysis()["flops"]
         flops *= 1 + 3 * getattr(args, "update_epochs", 1)
-        days = args.total_timesteps * flops / (1e10 * len(os.sched_getaffinity(0))) / 86400
+        days = args.total_timesteps * flops / (1e10 * num_cores()) / 86400
         if days > 1:
             command = f"python {Path(__file__).name} {CPU_FLAGS}"
             print(f"On this CPU the run would take about {days:.0f} days. Made for a CPU: {command}", flush=True)
@@ -877,11 +889,13 @@ class Report:
             "std_score": float(np.std(scores)) if scores else None,
             "params_sha256": params_sha256(params),
         }
-        (self.directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        draft = self.directory / "summary.json.part"  # renamed when whole: nobody reads half a summary
+        draft.write_text(json.dumps(summary, indent=2) + "\n")
+        draft.replace(self.directory / "summary.json")
         self.bar.close()
         self.writer.close()
         if self.wandb is not None:
-            self.wandb.finish()
+            self.wandb.finish(exit_code=int(status != "finished"))
         games = f"{self.episodes} games" + (f", mean score {np.mean(scores):.2f}" if scores else "")
         pace = f"{steps} steps in {summary['seconds']:.0f} s, {summary['sps']:.0f} steps/s"
         print(f"{status}: {pace}, {games}; {self.directory}/summary.json")
@@ -894,29 +908,34 @@ class Report:
 
 def start_actors(args: Args, sizes: Sizes, devices: Devices, policy: Policy, handoff: HandOff, key) -> list:
     """One thread for every actor of this process."""
-    env_threads = args.env_threads or max(1, len(os.sched_getaffinity(0)) // sizes.actors)
+    env_threads = args.env_threads or max(1, num_cores() // sizes.actors)
     threads = []
-    for actor_id in handoff.params:
+    for i, actor_id in enumerate(handoff.params):
         first = actor_id * args.local_num_envs
         seeds = env_seeds(args.seed, 0, first, args.local_num_envs)
         make_envs = lambda seeds=seeds: Envs(make_env(args, seeds, env_threads))
         to_learner = partial(ship, first_env=first, shard_envs=sizes.shard_envs, devices=devices)
+        own_key = jax.device_put(key, devices.actors[i // args.num_actor_threads])  # away from the learner's queue
         updates = range(1, sizes.updates + 1)
-        actor = (actor_id, make_envs, policy, to_learner, handoff, key, args.num_steps, updates)
+        actor = (actor_id, make_envs, policy, to_learner, handoff, own_key, args.num_steps, updates)
         threads.append(threading.Thread(target=run_actor, args=actor, name=f"actor {actor_id}", daemon=True))
         threads[-1].start()
     return threads
 
 
 def catch_signals(handoff: HandOff) -> dict[int, Any]:
-    """Let Ctrl-C and SIGTERM end the run at its next wait; returns the handlers that were there before.
+    """Let Ctrl-C and SIGTERM end the run at its next wait, a second one at once; returns the handlers before.
 
     A handler that raises does not do: raised inside a callback of the garbage collector, an exception is lost.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    errors = {signal.SIGINT: KeyboardInterrupt(), signal.SIGTERM: SystemExit(128 + signal.SIGTERM)}
-    return {number: signal.signal(number, lambda *_, e=error: handoff.fail(e)) for number, error in errors.items()}
+
+    def handle(number, frame):
+        signal.signal(number, previous[number])
+        handoff.fail(KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number))
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM) if main_thread}
+    return previous
 
 
 def train(args: Args) -> dict[str, Any]:
@@ -933,10 +952,10 @@ def train(args: Args) -> dict[str, Any]:
     optimizer, learning_rate = make_optimizer(args, sizes)
     state = TrainState.create(apply_fn=network.apply, params=params, tx=optimizer)
     states = [jax.device_put(state, device) for device in devices.learners]
+    learner_key = jax.device_put(learner_key, devices.learners[0])
     handoff = HandOff(range(sizes.actors), args.concurrency)
     learn = make_update(args, network, devices, sizes, handoff.wait_until_ready)
-    report = Report(args, sizes, devices)
-    actors = start_actors(args, sizes, devices, make_policy(network), handoff, actor_key)
+    report, actors = Report(args, sizes, devices), []
 
     def give_params(version: int) -> None:
         copies = [jax.device_put(states[0].params, device) for device in devices.actors]
@@ -945,6 +964,7 @@ def train(args: Args) -> dict[str, Any]:
 
     status, handlers = "finished", catch_signals(handoff)
     try:
+        actors += start_actors(args, sizes, devices, make_policy(network), handoff, actor_key)
         for _ in range(1 + args.concurrency):
             give_params(0)
         for update in range(1, sizes.updates + 1):
@@ -964,9 +984,9 @@ def train(args: Args) -> dict[str, Any]:
         handoff.stop()
         for actor in actors:
             actor.join()
+        summary = report.close(status, states[0].params)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        summary = report.close(status, states[0].params)
     return summary
 
 

@@ -1,5 +1,6 @@
 """Flags that cannot work end a script before anything is built, with one message that helps."""
 
+import re
 import shlex
 import sys
 import time
@@ -89,15 +90,14 @@ def test_every_flag_is_explained(script, capsys):
 
 
 def test_flags_of_the_readme_are_valid(script):
-    """Every command line in README.md that names a script passes that script's own validation."""
-    readme = (conftest.ROOT / "README.md").read_text().replace("\\\n", " ")
-    commands = [
-        line for line in readme.splitlines() if f"{script.__name__}.py --" in line and "python" in line + " uv run"
-    ]
-    commands = [line.split(f"{script.__name__}.py", 1)[1].split("`")[0].split("#")[0] for line in commands]
-    commands = [line for line in commands if "--help" not in line and "--distributed" not in line]
-    assert commands or script.__name__ != "cleanba_ppo_envpool"
-    for line in commands:
+    """Every command line and every row of flags in README.md and the docstring passes the scripts' own validation."""
+    text = (conftest.ROOT / "README.md").read_text() + script.__doc__.replace("THIS_FILE", script.__name__)
+    lines = re.findall(rf"{script.__name__}\.py (--[^`#\n(]*)", text) + re.findall(
+        r"`(--actor-device-ids [^`]*)`", text
+    )
+    lines = [line for line in lines if "--help" not in line]
+    assert len(lines) >= 6
+    for line in lines:
         args = tyro.cli(script.Args, args=shlex.split(line))
         script.check_args(args)
         script.env_spec(args)

@@ -65,9 +65,9 @@ def test_devices_change_no_bit(script):
 
 
 def test_an_odd_number_of_shards_changes_no_bit(script):
-    """12 shards on 1, 3 and 4 devices: the tree is not cut at one level everywhere."""
+    """12 shards on 1 and 3 devices: the tree is not cut at one level everywhere."""
     flags = {"num_shards": 12, "local_num_envs": 6, "num_minibatches": 1}
-    results = [update(script, noise(script, envs=12), tuple(range(n)), **flags) for n in (1, 3, 4)]
+    results = [update(script, noise(script, envs=12), tuple(range(n)), **flags) for n in (1, 3)]
     assert len({digest for digest, _, _ in results}) == 1
 
 

@@ -90,13 +90,15 @@ def test_it_does_not_learn_from_the_reward_before(script, monkeypatch):
 
 
 def test_it_does_not_learn_with_the_sign_flipped(script, monkeypatch):
-    if hasattr(script, "compute_gae"):
-        gae = script.compute_gae
-        flip = lambda *args: (e := gae(*args))._replace(advantage=-e.advantage)
-        monkeypatch.setattr(script, "compute_gae", flip)
-    else:
-        vtrace = script.vtrace
-        monkeypatch.setattr(script, "vtrace", lambda *args: -vtrace(*args))
+    """Good actions become less likely: the loss has its policy term, and only that, the other way round."""
+    name = "ppo_loss" if hasattr(script, "ppo_loss") else "impala_loss"
+    loss = getattr(script, name)
+
+    def flipped(*args):
+        value, metrics = loss(*args)
+        return value - 2 * metrics["policy_loss"], metrics
+
+    monkeypatch.setattr(script, name, flipped)
     assert play(script, monkeypatch) < 0.5
 
 

@@ -25,8 +25,7 @@ def test_pins_agree(script):
 
 
 def test_python_versions_agree(script):
-    lowest = header(script)["requires-python"]
-    assert PYPROJECT["project"]["requires-python"].startswith(lowest)
+    assert header(script)["requires-python"] == PYPROJECT["project"]["requires-python"]
 
 
 def test_importing_a_script_starts_nothing(script):
