@@ -148,7 +148,6 @@ class Sizes(NamedTuple):
     """What the flags amount to."""
 
     actors: int  # actor threads of this process
-    envs: int  # B, environments of all actors of all processes
     steps: int  # T * B, steps of an update
     shard_envs: int  # environments of a shard
     updates: int  # updates of the run
@@ -192,7 +191,7 @@ def check_args(args: Args, num_processes: int = 1) -> Sizes:
     steps = envs * args.num_steps
     rule = f"must allow one update of {steps} steps ({envs} environments x {args.num_steps} steps)"
     require(args.total_timesteps >= steps, args, "total_timesteps", rule, steps)
-    return Sizes(actors, envs, steps, shard_envs, args.total_timesteps // steps)
+    return Sizes(actors, steps, shard_envs, args.total_timesteps // steps)
 
 
 # === §2 Environment ===================================================================================================

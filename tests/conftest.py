@@ -48,11 +48,6 @@ def forget_compiled_programs():
     shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
-@pytest.fixture
-def ppo():
-    return load("cleanba_ppo_envpool")
-
-
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     """Runs write below the current directory."""

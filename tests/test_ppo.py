@@ -14,11 +14,11 @@ def script(request):
     return conftest.load(request.param)
 
 
-def make_rollout(script, reward, value, last_value, terminated, done, first_reset=False):
+def make_rollout(script, reward, value, last_value, terminated, done):
     """A rollout from per-step lists of one environment, or [T, B] arrays."""
     column = lambda x, dtype: np.asarray(x, dtype).reshape(len(x), -1)
     done = column(done, bool)
-    reset = np.concatenate([np.full((1, done.shape[1]), first_reset), done])
+    reset = np.concatenate([np.zeros((1, done.shape[1]), bool), done])
     zeros = np.zeros_like(column(reward, np.float32))
     behaviour = script.Behaviour(zeros.astype(np.int32), zeros, column(value, np.float32))
     obs = np.zeros((*reset.shape, 4, 8, 8), np.uint8)
