@@ -46,18 +46,20 @@ import os
 import platform
 import queue
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import partial, reduce
 from importlib.metadata import version as package_version
 from importlib.util import find_spec
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +71,8 @@ import numpy as np
 import optax
 import tyro
 from flax.training.train_state import TrainState
+from jax._src.clusters import ClusterEnv
+from jax._src.lib import _jax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -111,6 +115,11 @@ class Args:
     learner_device_ids: tuple[int, ...] = (0,)  # local devices that compute gradients
     num_shards: int = 4  # slices of a batch whose gradients are computed apart; learner devices must divide it
     concurrency: bool = True  # play the next rollout while the learner learns: policies lag by one update
+    distributed: bool = False  # be one of many processes; SLURM, Open MPI and Kubernetes say how many and which
+    coordinator_address: str | None = None  # HOST:PORT of process 0, where nothing else says so
+    num_processes: int | None = None  # processes of the run, where nothing else says so
+    process_id: int | None = None  # which one this is, from 0, where nothing else says so
+    peer_timeout: int = 100  # seconds until a process that is missing or silent is given up, and the run with it
 
 
 class FlagError(ValueError):
@@ -132,7 +141,7 @@ RANGES = {  # rule: (test of a value, flags)
     "must be 1 or more": (
         lambda x: x >= 1,
         "log_frequency local_num_envs num_actor_threads num_steps num_minibatches gradient_accumulation_steps "
-        "update_epochs num_shards",
+        "update_epochs num_shards peer_timeout",
     ),
     "must be 8 or more": (lambda x: x >= 8, "img_size"),
     "must lie between 0 and 1": (lambda x: 0 <= x <= 1, "gamma gae_lambda"),
@@ -172,20 +181,23 @@ def check_args(args: Args, num_processes: int = 1) -> Sizes:
         for flag in flags.split():
             require(holds(getattr(args, flag)), args, flag, rule, getattr(Args, flag))
 
-    def divides(flag: str, number: int, what: str) -> int:
-        divisor = nearest_divisor(getattr(args, flag), number)
-        require(divisor == getattr(args, flag), args, flag, f"must divide the {number} {what}", divisor)
+    def divides(flag: str, number: int, what: str, multiple_of: int = 1) -> int:
+        divisor = nearest_divisor(getattr(args, flag), number, multiple_of)
+        rule = f"must divide the {number} {what}"
+        rule += f" and be a multiple of {multiple_of}, the processes" if multiple_of > 1 else ""
+        require(divisor == getattr(args, flag), args, flag, rule, divisor)
         return number // divisor
 
     actors = args.num_actor_threads * len(args.actor_device_ids)
     envs = actors * args.local_num_envs * num_processes
-    shard_envs = divides("num_shards", envs, "environments of a batch")
+    shard_envs = divides("num_shards", envs, "environments of a batch", num_processes)
     learners = len(args.learner_device_ids) * num_processes
     if args.num_shards % learners:
         rule = f"the number of learner devices ({learners}) must divide --num-shards {args.num_shards}"
         wider = nearest_divisor(args.num_shards, envs, learners)
         rule += f" (--num-shards {wider} would do)" if wider else ""
-        require(False, args, "learner_device_ids", rule, even_split(args.learner_device_ids, args.num_shards))
+        fitting = even_split(args.learner_device_ids, args.num_shards // num_processes)
+        require(False, args, "learner_device_ids", rule, fitting)
     rows = divides("num_minibatches", args.num_steps * shard_envs, "rows (steps x environments) of a shard")
     divides("gradient_accumulation_steps", rows, "rows that a shard gives to a minibatch")
     steps = envs * args.num_steps
@@ -463,7 +475,7 @@ class HandOff:
         self.concurrency = concurrency
         self.params = {actor_id: queue.SimpleQueue() for actor_id in actor_ids}
         self.rollouts = {actor_id: queue.SimpleQueue() for actor_id in actor_ids}
-        self.ready, self.stopped = queue.SimpleQueue(), threading.Event()
+        self.ready, self.stopped, self.preempted = queue.SimpleQueue(), threading.Event(), threading.Event()
 
     def give_params(self, actor_id: int, version: int, params: Any) -> None:
         self.params[actor_id].put((version, params))
@@ -480,7 +492,7 @@ class HandOff:
 
     def get_rollouts(self, update: int) -> list[Delivery]:
         """Wait for one delivery of every actor, in the order of their ids; all were played by the version due."""
-        deliveries = [self._get(rollouts) for rollouts in self.rollouts.values()]
+        deliveries = [receive(rollouts) for rollouts in self.rollouts.values()]
         versions = {delivery.version for delivery in deliveries}
         if versions != {max(0, update - 1 - self.concurrency)}:
             raise RuntimeError(f"update {update} got rollouts of versions {sorted(versions)}")
@@ -497,7 +509,7 @@ class HandOff:
                 self.ready.put(error)
 
         threading.Thread(target=wait, daemon=True).start()
-        self._get(self.ready)
+        receive(self.ready)
 
     def fail(self, error: BaseException) -> None:
         """Make the learner raise `error`, whatever it waits for. A signal handler may call this at any moment."""
@@ -510,12 +522,13 @@ class HandOff:
         for params in self.params.values():
             params.put(None)
 
-    @staticmethod
-    def _get(waiting: queue.SimpleQueue) -> Any:
-        item = waiting.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
+
+def receive(waiting: queue.SimpleQueue) -> Any:
+    """Wait for the next item; raise it if it is an exception."""
+    item = waiting.get()
+    if isinstance(item, BaseException):
+        raise item
+    return item
 
 
 # === §7 Loss ==========================================================================================================
@@ -702,6 +715,210 @@ def make_update(args: Args, network: nn.Module, devices: "Devices", sizes: Sizes
 # === §9 Devices, checkpoints, logging [shared] ========================================================================
 
 
+class PeerError(RuntimeError):
+    """Another process of the run is missing, failed or is gone. Whoever makes one has already said so on stderr."""
+
+
+def find_processes(args: Args) -> tuple[int, int, str]:
+    """(number of this process, number of processes, HOST:PORT of process 0), by flags or cluster. Raises FlagError."""
+    given = (args.coordinator_address, args.num_processes, args.process_id)
+    if not args.distributed and given == (None, None, None):
+        return 0, 1, ""
+    address, size, rank, _ = ClusterEnv.auto_detect_unset_distributed_params(*given, [0], None, args.peer_timeout)
+    for flag, value, instead in zip(PROCESS_FLAGS, (address, size, rank), ("10.0.0.1:9876", 2, 0), strict=True):
+        rule = "must be given with the other two flags of its kind where no SLURM, Open MPI or Kubernetes tells it"
+        require(value is not None, args, flag, rule, instead)
+    host, _, port = address.rpartition(":")
+    rule = "must be HOST:PORT, a free port of the machine of process 0"
+    require(bool(host) and port.isdigit() and 0 < int(port) < 2**16, args, PROCESS_FLAGS[0], rule, "10.0.0.1:9876")
+    require(size >= 1, args, "num_processes", "must be 1 or more", 2)
+    require(0 <= rank < size, args, "process_id", f"must be 0 to {size - 1} with {size} processes", 0)
+    return rank, size, address
+
+
+PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id")
+OWN_FLAGS = {*PROCESS_FLAGS, "distributed", "env_threads"}  # may differ between the processes of a run
+
+
+class Peers:
+    """The processes of a run. Process 0 has a TCP connection, a wire, to each of the others.
+
+    XLA moves arrays between devices; everything else that processes tell each other goes over the wires: flags, scores,
+    failures. When one process fails, all end. A process alone has no wires and shares with itself.
+    """
+
+    def __init__(self, rank: int, size: int, address: str, timeout: float, on_failure: Callable):
+        self.rank, self.size, self.address, self.timeout = rank, size, address, timeout
+        self.on_failure = on_failure  # told the PeerError, from another thread
+        self.host = ""  # the address at which the others reach this machine
+        self.wires: dict[int, Connection] = {}
+        self.listeners: list[threading.Thread] = []
+        self.inboxes = {other: queue.SimpleQueue() for other in range(size)}
+        self.sending, self.failed, self.leaving = threading.Lock(), threading.Event(), threading.Event()
+        self.failure: PeerError | None = None
+
+    def connect(self) -> None:
+        """Meet the other processes. Raises PeerError if one does not come in time, FlagError if they do not fit."""
+        if self.size > 1:
+            host, _, port = self.address.rpartition(":")
+            meet = self._call if self.rank else self._wait_for_calls
+            threading.Thread(target=self._beat, daemon=True).start()
+            meet(host.strip("[]"), int(port), time.monotonic() + self.timeout)
+
+    def _wait_for_calls(self, host: str, port: int, deadline: float) -> None:
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        with socket.create_server(("", port), family=family, dualstack_ipv6=dual) as server:
+            while missing := [str(other) for other in range(1, self.size) if other not in self.wires]:
+                server.settimeout(max(1e-3, deadline - time.monotonic()))
+                try:
+                    caller = server.accept()[0]
+                except TimeoutError:
+                    which = f"process {', '.join(missing)} of {self.size}"
+                    raise self._lost(f"{which} did not come to {self.address} in {self.timeout} s") from None
+                caller.settimeout(None)
+                name, wire = caller.getsockname()[0], Connection(caller.detach())
+                try:
+                    rank, size = json.loads(wire.recv_bytes(1000)) if wire.poll(5) else (0, 0)
+                except (OSError, EOFError, ValueError):
+                    continue  # no process of ours
+                if size != self.size or str(rank) not in missing:
+                    problem = f"process {rank} of {size} came where {', '.join(missing)} of {self.size} was missing"
+                    problem = f"--process-id {rank}: {problem}. For example: --process-id {missing[0]}"
+                    wire.send_bytes(json.dumps({"failure": problem}).encode())
+                    raise FlagError(problem)
+                self._wire(rank, wire, name.removeprefix("::ffff:"))
+
+    def _call(self, host: str, port: int, deadline: float) -> None:
+        while True:
+            try:
+                wire = socket.create_connection((host, port), timeout=max(1e-3, deadline - time.monotonic()))
+                if wire.getsockname() != wire.getpeername():  # on one machine a socket may call itself
+                    break
+                wire.close()
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise self._lost(f"process 0 did not answer at {self.address} in {self.timeout} s") from None
+            time.sleep(0.1)
+        wire.settimeout(None)
+        name = wire.getsockname()[0]
+        self._wire(0, Connection(wire.detach()), name)
+        self._send(0, [self.rank, self.size])
+
+    def _wire(self, other: int, wire: Connection, host: str) -> None:
+        self.wires[other], self.host = wire, host
+        self.listeners.append(threading.Thread(target=self._listen, args=(other,), daemon=True))
+        self.listeners[-1].start()
+
+    def agree(self, args: Args) -> None:
+        """Raise FlagError about a flag or package that differs between the processes."""
+        mine = {f"--{name.replace('_', '-')}": value for name, value in asdict(args).items() if name not in OWN_FLAGS}
+        for flag in ("--actor-device-ids", "--learner-device-ids"):
+            mine[flag] = f"({len(mine[flag])} devices)"
+        everyone = self.share({name: str(value) for name, value in (mine | versions()).items()})
+        for rank, theirs in enumerate(everyone):
+            for name, value in everyone[0].items():
+                if theirs[name] != value:
+                    self.leaving.set()  # every process finds the same
+                    rule = f"process {rank} differs from process 0, which has {value}"
+                    raise FlagError(f"{name} {theirs[name]}: {rule}. For example: {name} {value}")
+
+    def agree_on(self, what: str, value: str) -> None:
+        """Raise RuntimeError unless all processes have the same value."""
+        everyone = self.share(value)
+        for rank, theirs in enumerate(everyone):
+            if theirs != everyone[0]:
+                raise RuntimeError(f"process {rank} has other {what} ({theirs}) than process 0 ({everyone[0]})")
+
+    def start_jax(self, device_ids) -> None:
+        """Let JAX see the local devices `device_ids` and, through it, those of the other processes."""
+        if self.size > 1:
+            jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is the hand-off's
+            # on CPUs: else Gloo would listen where the machine's own name points, which is often 127.0.1.1
+            _jax.make_gloo_tcp_collectives = partial(_jax.make_gloo_tcp_collectives, hostname=self.host)
+            place = (self.address, self.size, self.rank, sorted(device_ids))
+            # the wires notice a failure first; JAX would abort the process
+            times = dict(initialization_timeout=self.timeout, heartbeat_timeout_seconds=2 * self.timeout)
+            jax.distributed.initialize(*place, **times, shutdown_timeout_seconds=self.timeout)
+
+    def share(self, value: Any) -> list:
+        """Everyone's `value` (JSON), by rank. Every process must call this at the same point of the run."""
+        if self.size == 1:
+            return [value]
+        if self.rank:
+            self._send(0, {"value": value})
+            return receive(self.inboxes[0])
+        values = [value, *(receive(self.inboxes[other]) for other in range(1, self.size))]
+        for other in self.wires:
+            self._send(other, {"value": values})
+        return values
+
+    def _send(self, other: int, message: Any) -> None:
+        with self.sending, suppress(OSError):  # a broken wire is the listener's to report
+            self.wires[other].send_bytes(json.dumps(message).encode())
+
+    def _beat(self) -> None:
+        while not self.leaving.wait(self.timeout / 4):
+            for other in list(self.wires):
+                self._send(other, {})
+
+    def _listen(self, other: int) -> None:
+        try:
+            while self.wires[other].poll(self.timeout):
+                message = json.loads(self.wires[other].recv_bytes())
+                if "failure" in message:
+                    return self._fail(message["failure"])
+                if "value" in message:
+                    self.inboxes[other].put(message["value"])
+            self._fail(f"process {other} has been silent for {self.timeout} s")
+        except (OSError, EOFError):
+            self._fail(f"process {other} is gone: killed, or its machine lost")
+
+    def _lost(self, what: str) -> PeerError:
+        print(f"error: {what}", file=sys.stderr, flush=True)  # now: JAX aborts this process if its coordinator is gone
+        return PeerError(what)
+
+    def _fail(self, what: str) -> None:
+        """Wake the main thread, whatever it waits for; if it cannot be woken, end the process."""
+        if not self.leaving.is_set() and self.failure is None:
+            self.failure = self._lost(what)
+            self.failed.set()
+            for waiting in self.inboxes.values():
+                waiting.put(self.failure)
+            self.on_failure(self.failure)
+            if self.rank == 0:
+                self._tell(what)
+            timer = threading.Timer(10, os._exit, (1,))
+            timer.daemon = True
+            timer.start()
+
+    def _tell(self, what: str) -> None:
+        for other in self.wires:
+            self._send(other, {"failure": what})
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        """End with all others, or tell them why not. An error that another process caused becomes its PeerError."""
+        if self.size == 1:
+            return
+        if isinstance(error, Exception) and not isinstance(error, FlagError | PeerError):
+            self.failed.wait(2)  # a broken collective is noticed before its cause
+        news = error is not None and self.failure is None and not self.leaving.is_set()
+        self.leaving.set()
+        if news:
+            self._tell(str(error) if isinstance(error, PeerError) else f"process {self.rank} failed: {error!r}")
+        if error is None:
+            jax.distributed.shutdown()
+        elif self.rank == 0:  # the others first: JAX aborts them when their coordinator is gone
+            deadline = time.monotonic() + 5
+            for listener in self.listeners:
+                listener.join(max(0, deadline - time.monotonic()))
+        if self.failure is not None and self.failure is not error:
+            raise self.failure from error
+
+
 class Devices(NamedTuple):
     """Where things are computed. Learner devices own equal runs of consecutive shards, in the order of the mesh."""
 
@@ -712,17 +929,21 @@ class Devices(NamedTuple):
     of_shard: list[int]  # the index in `learners` of each shard of this process
 
 
-def find_devices(args: Args) -> Devices:
-    """Turn device ids into devices. Raises FlagError."""
-    local = jax.local_devices()
+def find_devices(args: Args, peers: Peers) -> Devices:
+    """Turn device ids into devices, and learn which ones the other processes have. Raises FlagError."""
+    ids = sorted({*args.actor_device_ids, *args.learner_device_ids})
+    alone = peers.size == 1 or jax.default_backend() == "cpu"  # else JAX shows the named devices only
+    local = dict(zip(range(len(jax.local_devices())) if alone else ids, jax.local_devices(), strict=False))
     for flag in ("actor_device_ids", "learner_device_ids"):
-        fits = tuple(i for i in getattr(args, flag) if i < len(local)) or (0,)
-        rule = f"there are {len(local)} {local[0].platform} device(s) here, numbered from 0"
-        require(fits == getattr(args, flag), args, flag, rule, even_split(fits, args.num_shards))
+        fits = tuple(i for i in getattr(args, flag) if i in local) or (min(local),)
+        rule = f"there are {len(local)} {jax.default_backend()} device(s) here, numbered from {min(local)}"
+        require(fits == getattr(args, flag), args, flag, rule, even_split(fits, args.num_shards // peers.size))
     learners = [local[i] for i in args.learner_device_ids]
-    mesh = Mesh(np.array(learners), ("learner",))
+    by_id = {device.id: device for device in jax.devices()}
+    everywhere = peers.share([device.id for device in learners])
+    mesh = Mesh(np.array([by_id[i] for ids in everywhere for i in ids]), ("learner",))
     owners = [i for i in range(len(learners)) for _ in range(args.num_shards // mesh.size)]
-    return Devices([local[i] for i in args.actor_device_ids], learners, mesh, 0, owners)
+    return Devices([local[i] for i in args.actor_device_ids], learners, mesh, peers.rank * len(owners), owners)
 
 
 def tree_sum(parts: list, while_even: bool = False) -> list:
@@ -790,6 +1011,12 @@ def params_sha256(params: Any) -> str:
     return hashlib.sha256(b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in leaves)).hexdigest()
 
 
+def versions() -> dict[str, str]:
+    """Versions of what the bits depend on."""
+    packages = ("jax", "jaxlib", "flax", "optax", "envpool", "numpy")
+    return {"python": platform.python_version()} | {name: package_version(name) for name in packages}
+
+
 def num_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -832,16 +1059,19 @@ class Report:
         self.seconds = defaultdict(float)
         self.start = self.logged_at = self.steady_from = time.perf_counter()
 
-    def update(self, deliveries: list[Delivery], seconds: dict[str, float], rate: float, metrics) -> None:
-        """Take in one update, and write it out if a log is due; `metrics` is still on the device."""
+    def update(self, actors: list, lag: int, seconds: dict[str, float], rate: float, metrics) -> None:
+        """Take in one update, and write it out if a log is due.
+
+        actors: (games, seconds) of the deliveries of all actors of all processes. `metrics` is still on the device.
+        """
         self.updates += 1
         if self.updates == 1:
             self.steady_from = time.perf_counter()
-        games = [game for delivery in deliveries for game in delivery.games]
+        games = [game for played, _ in actors for game in played]
         self.episodes += len(games)
         self.scores.extend(score for score, _ in games)
         self.games += games
-        for source, share in [(seconds, 1.0), *((d.seconds, 1 / len(deliveries)) for d in deliveries)]:
+        for source, share in [(seconds, 1.0), *((spent, 1 / len(actors)) for _, spent in actors)]:
             for name, value in source.items():
                 self.seconds[name] += value * share
         waited, learned = self.seconds["rollout_queue_get_time"], self.seconds["training_time"]
@@ -851,7 +1081,6 @@ class Report:
         self.bar.set_postfix_str(state, refresh=False)
         self.bar.update(self.sizes.steps)
         if self.updates in (1, self.sizes.updates) or self.updates % self.args.log_frequency == 0:
-            lag = self.updates - 1 - deliveries[0].version
             self.log(state, rate, lag, summarise(jax.device_get(metrics)))
 
     def log(self, state: str, rate: float, lag: int, losses: dict[str, float]) -> None:
@@ -874,12 +1103,13 @@ class Report:
     def close(self, status: str, params: Any) -> dict[str, Any]:
         """Flush everything, write summary.json and print its gist."""
         now, steps, scores = time.perf_counter(), self.updates * self.sizes.steps, list(self.scores)
-        packages, (actors, _, mesh, *_) = ("jax", "jaxlib", "flax", "optax", "envpool", "numpy"), self.devices
+        actors, _, mesh, *_ = self.devices
         summary = {
             "run_name": self.directory.name,
             "status": status,
             "args": asdict(self.args),
-            "versions": {"python": platform.python_version()} | {name: package_version(name) for name in packages},
+            "versions": versions(),
+            "processes": mesh.size // len(self.devices.learners),
             "devices": {"actors": list(map(str, actors)), "learners": list(map(str, mesh.devices))},
             "global_step": steps,
             "updates": self.updates,
@@ -916,7 +1146,8 @@ def start_actors(args: Args, sizes: Sizes, devices: Devices, policy: Policy, han
         first = actor_id * args.local_num_envs
         seeds = env_seeds(args.seed, 0, first, args.local_num_envs)
         make_envs = lambda seeds=seeds: Envs(make_env(args, seeds, env_threads))
-        to_learner = partial(ship, first_env=first, shard_envs=sizes.shard_envs, devices=devices)
+        here = i * args.local_num_envs  # the first environment's number within this process
+        to_learner = partial(ship, first_env=here, shard_envs=sizes.shard_envs, devices=devices)
         own_key = jax.device_put(key, devices.actors[i // args.num_actor_threads])  # away from the learner's queue
         updates = range(1, sizes.updates + 1)
         actor = (actor_id, make_envs, policy, to_learner, handoff, own_key, args.num_steps, updates)
@@ -926,14 +1157,18 @@ def start_actors(args: Args, sizes: Sizes, devices: Devices, policy: Policy, han
 
 
 def catch_signals(handoff: HandOff) -> dict[int, Any]:
-    """Let Ctrl-C and SIGTERM end the run at its next wait, a second one at once; returns the handlers before.
+    """Let Ctrl-C end the run at its next wait, SIGTERM after this update, a second one at once; returns the handlers
+    before.
 
     A handler that raises does not do: raised inside a callback of the garbage collector, an exception is lost.
     """
 
     def handle(number, frame):
         signal.signal(number, previous[number])
-        handoff.fail(KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number))
+        if number == signal.SIGINT:
+            handoff.fail(KeyboardInterrupt())
+        else:
+            handoff.preempted.set()
 
     main_thread = threading.current_thread() is threading.main_thread()
     previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM) if main_thread}
@@ -942,22 +1177,34 @@ def catch_signals(handoff: HandOff) -> dict[int, Any]:
 
 def train(args: Args) -> dict[str, Any]:
     """One whole run; returns what summary.json says. Raises FlagError before anything is built."""
-    sizes = check_args(args)
-    obs_shape, num_actions = env_spec(args)
-    devices = find_devices(args)
+    rank, size, address = find_processes(args)
+    sizes = check_args(args, size)
+    env_spec(args)
+    handoff = HandOff(range(rank * sizes.actors, (rank + 1) * sizes.actors), args.concurrency)
+    with Peers(rank, size, address, args.peer_timeout, handoff.fail) as peers:
+        peers.connect()
+        peers.agree(args)
+        peers.start_jax({*args.actor_device_ids, *args.learner_device_ids})
+        return run(args, sizes, find_devices(args, peers), handoff, peers)
+
+
+def run(args: Args, sizes: Sizes, devices: Devices, handoff: HandOff, peers: Peers) -> dict[str, Any]:
+    """What this process does of a run; every process returns the status and the hash, process 0 the whole summary."""
     actor_key, learner_key, params_key = jax.random.split(jax.random.key(args.seed), 3)
+    obs_shape, num_actions = env_spec(args)
     network = ActorCritic(num_actions, args.channels, args.hiddens)
     obs = np.zeros((1, *obs_shape), np.uint8)
     quick = {"xla_backend_optimization_level": 0}  # runs once: the default would compile for seconds
     params = jax.jit(network.init, compiler_options=quick)(params_key, obs)
-    warn_if_endless(args, network, params, obs, devices.learners[0])
+    peers.agree_on("initial parameters", params_sha256(params))
+    if peers.rank == 0:
+        warn_if_endless(args, network, params, obs, devices.learners[0])
     optimizer, learning_rate = make_optimizer(args, sizes)
     state = TrainState.create(apply_fn=network.apply, params=params, tx=optimizer)
     states = [jax.device_put(state, device) for device in devices.learners]
     learner_key = jax.device_put(learner_key, devices.learners[0])
-    handoff = HandOff(range(sizes.actors), args.concurrency)
     learn = make_update(args, network, devices, sizes, handoff.wait_until_ready)
-    report, actors = Report(args, sizes, devices), []
+    report, actors = Report(args, sizes, devices) if peers.rank == 0 else None, []
 
     def give_params(version: int) -> None:
         copies = [jax.device_put(states[0].params, device) for device in devices.actors]
@@ -978,15 +1225,24 @@ def train(args: Args) -> dict[str, Any]:
                 handoff.wait_until_ready(updated)
             states, metrics = updated
             give_params(update)
-            report.update(deliveries, seconds, learning_rate(update), metrics)
+            news = peers.share([handoff.preempted.is_set(), [(d.games, d.seconds) for d in deliveries]])
+            if report:
+                played = [actor for _, actors in news for actor in actors]
+                report.update(played, update - 1 - deliveries[0].version, seconds, learning_rate(update), metrics)
+            if any(preempted for preempted, _ in news) and update < sizes.updates:
+                status = "preempted"
+                break
+        peers.agree_on("final parameters", params_sha256(states[0].params))
     except BaseException as error:
-        status = {KeyboardInterrupt: "interrupted", SystemExit: "preempted"}.get(type(error), "failed")
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         raise
     finally:
         handoff.stop()
         for actor in actors:
-            actor.join()
-        summary = report.close(status, states[0].params)
+            actor.join(2 if status == "failed" else None)  # it hangs if its device waits for a process that is gone
+        summary = {"status": status}
+        if report:
+            summary = report.close(status, states[0].params)
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return summary
@@ -997,19 +1253,24 @@ def main() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_deterministic_ops" not in flags:  # read when the backend starts, that is by the first JAX call
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    leave = os._exit  # a thread may still wait inside XLA, and Python's own way out would abort over it
     try:
-        train(args)
+        code = 128 + signal.SIGTERM if train(args)["status"] == "preempted" else 0
+        leave = sys.exit
     except FlagError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+        leave = os._exit if jax.distributed.is_initialized() else sys.exit
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
     except BaseException as error:
-        codes = {KeyboardInterrupt: 128 + signal.SIGINT, SystemExit: 128 + signal.SIGTERM}
-        if type(error) not in codes:
+        if not isinstance(error, PeerError):
             traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # all is written; a thread may still wait inside XLA, and Python's own way out would abort over it
-        os._exit(codes.get(type(error), 1))
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        leave(code)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,11 @@ def script(request):
     return load(request.param)
 
 
+def alone(script):
+    """The peers of a process without any."""
+    return script.Peers(0, 1, "", 1, None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def forget_compiled_programs():
     yield
@@ -52,6 +58,18 @@ def forget_compiled_programs():
 def elsewhere(tmp_path, monkeypatch):
     """Runs write below the current directory."""
     monkeypatch.chdir(tmp_path)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def hang_up(connection) -> None:
+    """Close a connection that another thread reads from."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as wire:
+        wire.shutdown(socket.SHUT_RDWR)
 
 
 class Launcher:
@@ -67,7 +85,10 @@ class Launcher:
 
     def run(self, script, *flags: str, **environment: str) -> dict:
         """The summary of a run that must finish."""
-        process = self.start(script, *flags, **environment)
+        return self.summary(self.start(script, *flags, **environment))
+
+    def summary(self, process: subprocess.Popen) -> dict:
+        """The summary of a process that must finish."""
         out, err = process.communicate(timeout=400)
         assert process.returncode == 0, out + err
         *_, gist, last = out.strip().splitlines()
@@ -75,6 +96,12 @@ class Launcher:
         assert last == f"params sha256: {summary['params_sha256']}"
         assert summary["status"] == "finished"
         return summary
+
+    def start_processes(self, script, *flags: str, differing=None, address="", count=2) -> list[subprocess.Popen]:
+        """`count` processes of one run on this machine; differing: {number of a process: its own further flags}."""
+        common = [*flags, "--coordinator-address", address or f"127.0.0.1:{free_port()}", "--num-processes", str(count)]
+        own = lambda i: ["--process-id", str(i), *(differing or {}).get(i, [])]
+        return [self.start(script, *common, *own(i), PYTHONUNBUFFERED="1") for i in range(count)]
 
     def run_all(self, script, *runs: list[str]) -> list[dict]:
         """Summaries of runs given by their flags."""

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 
+import conftest
 import jax
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def test_a_stopped_actor_closes_its_pool(script, counting_pool):
 def test_pieces_come_together_as_they_were(script, shard_envs):
     """Two actors of 6 environments; shards smaller than, larger than and across actors."""
     args = script.Args(num_shards=12 // shard_envs, local_num_envs=6, num_minibatches=1)
-    devices = script.find_devices(args)
+    devices = script.find_devices(args, conftest.alone(script))
     batch = np.arange(3 * 12).reshape(3, 12)
     rollout = lambda x: script.Rollout(**dict.fromkeys(script.Rollout._fields, x))
     deliveries = [

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 import sys
 import time
 
@@ -34,6 +35,14 @@ BAD = [
     "--seed -1",
     "--env-threads -1",
     "--log-frequency 0",
+    "--coordinator-address 10.0.0.1 --num-processes 2 --process-id 0",
+    "--coordinator-address 10.0.0.1:0 --num-processes 2 --process-id 0",
+    "--coordinator-address None --distributed",
+    "--num-processes None --coordinator-address 10.0.0.1:9876 --process-id 0",
+    "--num-processes 0 --coordinator-address 10.0.0.1:9876 --process-id 0",
+    "--process-id 2 --coordinator-address 10.0.0.1:9876 --num-processes 2",
+    "--num-shards 4 --coordinator-address 10.0.0.1:9876 --num-processes 3 --process-id 0",
+    "--peer-timeout 0",
 ]
 FLOATS = {"learning-rate": float, "gamma": float, "max-grad-norm": float, "ent-coef": float}
 
@@ -56,9 +65,10 @@ def test_bad_flag(script, line, monkeypatch, capsys):
     remedy = message.split("For example: ")[1].split()
     rest = [word for part in line.split(" --")[1:] for word in f"--{part}".split()]
     args = tyro.cli(script.Args, args=[*rest, *remedy])
-    script.check_args(args)
+    if "--distributed" not in line:
+        script.check_args(args, script.find_processes(args)[1])
     script.env_spec(args)
-    script.find_devices(args)
+    script.find_devices(args, conftest.alone(script))
 
 
 def test_a_bad_flag_is_quick(script, launcher):
@@ -92,12 +102,33 @@ def test_every_flag_is_explained(script, capsys):
 def test_flags_of_the_readme_are_valid(script):
     """Every command line and every row of flags in README.md and the docstring passes the scripts' own validation."""
     text = (conftest.ROOT / "README.md").read_text() + script.__doc__.replace("THIS_FILE", script.__name__)
-    lines = re.findall(rf"{script.__name__}\.py (--[^`#\n(]*)", text) + re.findall(
+    text = text.replace("$address", "127.0.0.1:9876")
+    lines = re.findall(rf"{script.__name__}\.py (--[^`#\n(&]*)", text) + re.findall(
         r"`(--actor-device-ids [^`]*)`", text
     )
     lines = [line for line in lines if "--help" not in line]
     assert len(lines) >= 6
     for line in lines:
         args = tyro.cli(script.Args, args=shlex.split(line))
-        script.check_args(args)
+        script.check_args(args, script.find_processes(args)[1])
         script.env_spec(args)
+
+
+def test_flags_of_the_slurm_template_are_valid(script):
+    """For the two tasks that it starts; as bash it parses."""
+    path = conftest.ROOT / "benchmark" / "slurm.sbatch"
+    assert subprocess.run(["bash", "-n", path]).returncode == 0
+    line = re.search(r"--distributed (.*?)\"", path.read_text(), re.DOTALL).group(1).replace("\\\n", " ")
+    args = tyro.cli(script.Args, args=shlex.split(line))
+    script.check_args(args, 2)
+
+
+def test_a_cluster_is_found(script, monkeypatch):
+    """SLURM's variables give address, number and rank; flags go before them."""
+    slurm = {"JOB_ID": "77", "STEP_NODELIST": "node[3-4]", "NTASKS": "2", "PROCID": "1", "LOCALID": "0"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    rank, size, address = script.find_processes(script.Args(distributed=True))
+    assert (rank, size, address.split(":")[0]) == (1, 2, "node3")
+    assert script.find_processes(script.Args(process_id=0))[:2] == (0, 2)
+    assert script.find_processes(script.Args()) == (0, 1, "")

@@ -1,5 +1,6 @@
 """The sharded learner on rollouts of noise: what may change its bits and what may not."""
 
+import conftest
 import flax.linen as nn
 import jax
 import numpy as np
@@ -40,7 +41,7 @@ class Network(nn.Module):
 def update(script, rollout, devices=(0,), count=1, **flags):
     """Parameters and metrics after `count` updates on the same rollout, on the given learner devices."""
     args = script.Args(**{**SMALL, "learner_device_ids": devices, "total_timesteps": 10**6, **flags})
-    sizes, places = script.check_args(args), script.find_devices(args)
+    sizes, places = script.check_args(args), script.find_devices(args, conftest.alone(script))
     network = Network()
     params = network.init(jax.random.key(0), rollout.obs[0])
     optimizer, _ = script.make_optimizer(args, sizes)
