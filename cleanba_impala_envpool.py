@@ -7,8 +7,8 @@
 #     "jax==0.10.2",
 #     "numpy==2.4.6",
 #     "optax==0.2.8",
+#     "orbax-checkpoint==0.12.8",
 #     "tensorboard==2.21.0",
-#     "tensorboardX==2.6.5",
 #     "tqdm==4.70.1",
 #     "tyro==1.0.17",
 # ]
@@ -38,18 +38,20 @@ whole minibatch on any number of devices, (4) no two environments share a seed a
 are added up in one fixed order, so devices do not change the result.
 """
 
+import base64
 import hashlib
 import json
 import os
 import platform
 import queue
+import shutil
 import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -57,6 +59,7 @@ from difflib import get_close_matches
 from functools import partial, reduce
 from importlib.metadata import version as package_version
 from importlib.util import find_spec
+from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,14 +70,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import tyro
+from flax import serialization
 from flax.training.train_state import TrainState
 from jax._src.clusters import ClusterEnv
 from jax._src.lib import _jax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tensorboardX import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer import event_file_writer
 from tqdm import tqdm
 
 # === §1 Args ==========================================================================================================
@@ -88,6 +96,12 @@ class Args:
     wandb_project_name: str = "cleanba"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team or user
     log_frequency: int = 10  # updates between two logs
+    checkpoint_frequency: int = 0  # updates between two checkpoints, all games start anew after each; 0 only at the end
+    keep_checkpoints: int = 2  # newest checkpoints that are kept
+    resume: str | None = None  # go on with this run: its directory, or its name below runs
+    start_fresh: bool = False  # with --resume, start the run if it has no checkpoint
+    save_model: bool = False  # write parameters and flags to model.msgpack at the end, and play games with them
+    eval_episodes: int = 10  # games that --save-model plays, each in an environment of its own
     env_id: str = "Breakout-v5"  # an Atari game of EnvPool
     img_size: int = 84  # height and width of an observation; 42 makes a CPU usable
     env_threads: int = 0  # EnvPool threads of each actor; 0 shares the cores among the actors
@@ -120,22 +134,26 @@ class FlagError(ValueError):
     """A flag whose value cannot work; the message names the flag, its value, the rule and a value that works."""
 
 
+def show(value: Any) -> str:
+    """A flag's value as it is typed."""
+    return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
 def require(ok: bool, args: Args, flag: str, rule: str, instead: Any) -> None:
     """Raise FlagError about `flag` unless `ok`."""
     if not ok:
-        show = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
         name, value = "--" + flag.replace("_", "-"), show(getattr(args, flag)) or "(empty)"
         raise FlagError(f"{name} {value}: {rule}. For example: {name} {show(instead)}")
 
 
 RANGES = {  # rule: (test of a value, flags)
-    "must be 0 or more": (lambda x: 0 <= x < np.inf, "env_threads ent_coef vf_coef"),
+    "must be 0 or more": (lambda x: 0 <= x < np.inf, "env_threads checkpoint_frequency ent_coef vf_coef"),
     "must be 0 to 4294967295": (lambda x: 0 <= x < 2**32, "seed"),
     "must be above 0": (lambda x: 0 < x < np.inf, "learning_rate max_grad_norm"),
     "must be 1 or more": (
         lambda x: x >= 1,
-        "log_frequency local_num_envs num_actor_threads num_steps num_minibatches gradient_accumulation_steps "
-        "num_shards peer_timeout",
+        "log_frequency keep_checkpoints eval_episodes local_num_envs num_actor_threads num_steps num_minibatches "
+        "gradient_accumulation_steps num_shards peer_timeout",
     ),
     "must be 8 or more": (lambda x: x >= 8, "img_size"),
     "must lie between 0 and 1": (lambda x: 0 <= x <= 1, "gamma"),
@@ -247,12 +265,13 @@ class Envs:
     Attributes:
         obs: u8[B, 4, H, W], what the agent sees now.
         reset: bool[B], True where `obs` ended an episode, so that the next step only resets.
+        over: bool[B], True where it ended a whole game.
     """
 
     def __init__(self, pool: Any):
         self.pool = pool
         self.obs, _ = pool.reset()
-        self.reset = np.zeros(len(self.obs), bool)
+        self.reset = self.over = np.zeros(len(self.obs), bool)
         self.score, self.length = np.zeros(len(self.obs)), np.zeros(len(self.obs), int)
         self.games: list[tuple[float, int]] = []
 
@@ -262,6 +281,7 @@ class Envs:
         self.score += info["reward"]  # the game's own points
         self.length += ~self.reset
         over = info["terminated"].astype(bool) | truncated  # a whole game, also where a lost life ends an episode
+        self.over = over
         self.games += zip(self.score[over].tolist(), self.length[over].tolist(), strict=True)
         self.score[over], self.length[over] = 0, 0
         self.reset = terminated | truncated
@@ -418,22 +438,27 @@ def collect(envs, policy: Policy, params, key, num_steps: int, seconds, stopped=
         return Rollout(obs, reset, reward, terminated, jax.tree.map(lambda *rows: np.stack(rows), *behaviour), **last)
 
 
-def run_actor(actor_id: int, make_envs, policy: Policy, ship, handoff, key, num_steps: int, updates: range) -> None:
+def run_actor(actor_id: int, make_envs, policy: Policy, ship, handoff, key, args, updates: range) -> None:
     """The life of an actor thread: for every update, take parameters, play a rollout, `ship` it to the learner.
 
-    make_envs: () -> Envs. ship: Rollout -> what the learner receives. `key` is the run's; nothing random is carried
-    from one rollout to the next, so an actor can start at any update.
+    make_envs: generation -> Envs, called anew after every checkpoint, so that a resumed actor meets the same games.
+    ship: Rollout -> what the learner receives. `key` is the run's; nothing random is carried from one rollout to the
+    next. So an actor can start at the first update, or after any checkpoint.
     """
     envs = None
     try:
-        envs = make_envs()
         for update in updates:
+            generation, since = divmod(update - 1, args.checkpoint_frequency or sys.maxsize)
+            if envs is None or since == 0:
+                if envs is not None:
+                    envs.close()
+                envs = make_envs(generation)
             seconds = defaultdict(float)
             with timed(seconds, "params_queue_get_time"):
                 version, params = handoff.take_params(actor_id)
             rollout_key = jax.random.fold_in(jax.random.fold_in(key, actor_id), update)
             with timed(seconds, "rollout_time"):
-                rollout = collect(envs, policy, params, rollout_key, num_steps, seconds, handoff.stopped.is_set)
+                rollout = collect(envs, policy, params, rollout_key, args.num_steps, seconds, handoff.stopped.is_set)
             with timed(seconds, "storage_time"):
                 rollout = jax.block_until_ready(ship(rollout))
             handoff.put_rollout(actor_id, Delivery(version, rollout, envs.pop_games(), seconds))
@@ -959,6 +984,129 @@ def params_sha256(params: Any) -> str:
     return hashlib.sha256(b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in leaves)).hexdigest()
 
 
+# flags that may change when a run is resumed: where it is computed, and what is kept of it
+FREE_FLAGS = OWN_FLAGS | {"num_actor_threads", "actor_device_ids", "learner_device_ids", "peer_timeout"}
+FREE_FLAGS |= {"exp_name", "track", "wandb_project_name", "wandb_entity", "log_frequency", "keep_checkpoints"}
+FREE_FLAGS |= {"resume", "start_fresh", "save_model", "eval_episodes"}
+
+
+def open_run(args: Args, actors: int) -> Path:
+    """The directory of a new run, or of the one to resume, whose flags must be these. Raises FlagError.
+
+    actors: of all processes.
+    """
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    directory, record = Path(args.resume or name), {"args": asdict(args), "actors": actors, "versions": versions()}
+    directory = Path("runs") / directory if len(directory.parts) == 1 else directory
+    if any((directory / "checkpoints").glob("[0-9]*")):
+        old, new = json.loads((directory / "run.json").read_text()), json.loads(json.dumps(record))
+        for flag, value in old["args"].items():
+            same = flag in FREE_FLAGS or new["args"][flag] == value
+            require(same, args, flag, f"the run to resume has {show(value)}", value)
+        rule = f"must amount to the {old['actors']} actors of the run to resume, in all processes"
+        threads = max(1, args.num_actor_threads * old["actors"] // actors)
+        require(actors == old["actors"], args, "num_actor_threads", rule, threads)
+        for package, version in old["versions"].items():
+            if new["versions"][package] != version:
+                print(f"{package} is {new['versions'][package]} and was {version}: the bits may differ", flush=True)
+    elif args.resume is not None:
+        rule = f"there is no checkpoint in {directory}/checkpoints"
+        require(args.start_fresh, args, "resume", rule, f"{args.resume} --start-fresh")
+    try:
+        (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_json(directory / "run.json", record)
+    except OSError as error:
+        example = "start the script in a directory that can be written"
+        raise FlagError(f"the run's directory cannot be written: {error}. For example: {example}") from None
+    return directory
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file that is there whole or not at all."""
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(content, indent=2) + "\n")
+    draft.replace(path)
+
+
+class Checkpoints:
+    """The checkpoints of a run, by Orbax: atomic, written in the background, the newest kept. Process 0 has them."""
+
+    def __init__(self, directory: Path, keep: int):
+        alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False, multiprocessing_options=alone)
+        self.directory, self.manager = directory, ocp.CheckpointManager(directory.resolve(), options=options)
+
+    def save(self, update: int, tree: Any, counters: dict[str, Any]) -> None:
+        """Begin to write arrays and a dictionary (JSON)."""
+        tree = jax.tree.map(np.asarray, jax.device_get(serialization.to_state_dict(tree)))
+        record = ocp.args.JsonSave({"sha256": params_sha256(tree), "counters": counters})
+        needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)), shutil.disk_usage(self.directory).free
+        with self.explained():
+            if free < needed:
+                raise OSError(f"the disk is full, {free} bytes are free and {needed} needed")
+            if update in self.manager.all_steps():  # one that could not be read
+                self.manager.delete(update)
+            items = ocp.args.Composite(state=ocp.args.StandardSave(tree), record=record)
+            self.manager.save(update, args=items, force=True)
+
+    def load(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """(update, tree, counters) of the newest checkpoint that is whole; `like` is a tree of the same shapes."""
+        like = jax.tree.map(np.asarray, jax.device_get(serialization.to_state_dict(like)))
+        for update in sorted(self.manager.all_steps(), reverse=True):
+            try:
+                items = ocp.args.Composite(state=ocp.args.StandardRestore(like), record=ocp.args.JsonRestore())
+                items = self.manager.restore(update, args=items)
+                if params_sha256(items.state) != items.record["sha256"]:
+                    raise ValueError("its bits are not those that were written")
+                return update, items.state, items.record["counters"]
+            except Exception as error:
+                reason = " ".join(str(error).split())[:200]
+                print(f"the checkpoint of update {update} cannot be read, trying an older one: {reason}", flush=True)
+        return None
+
+    def check(self) -> None:
+        """Raise RuntimeError if a checkpoint could not be written."""
+        with self.explained():
+            self.manager.check_for_errors()
+
+    def finish(self) -> None:
+        """Wait until all is written. Raises RuntimeError if it could not be."""
+        with self.explained():
+            self.manager.wait_until_finished()
+
+    def hint(self) -> str:
+        """How to go on with the run."""
+        newest = max((int(path.name) for path in self.directory.glob("[0-9]*") if path.name.isdigit()), default=None)
+        return f"go on from update {newest} with --resume {self.directory.parent}" if newest else "it has no checkpoint"
+
+    @contextmanager
+    def explained(self):
+        try:
+            yield
+        except Exception as error:
+            raise RuntimeError(f"a checkpoint could not be written, {self.hint()}: {error}") from error
+
+
+def checkpoint_due(args: Args, sizes: Sizes, update: int) -> bool:
+    """Whether a checkpoint is written after this update."""
+    return update == sizes.updates or update % (args.checkpoint_frequency or sizes.updates) == 0
+
+
+def resume(checkpoints: Checkpoints | None, peers: Peers, args: Args, tree: Any) -> tuple[int, Any, dict | None]:
+    """(update, tree, counters) of the newest checkpoint of process 0, on every process; (0, tree, None) if none."""
+    found = None
+    if checkpoints and args.resume is not None and (saved := checkpoints.load(tree)):
+        update, state, counters = saved
+        found = [update, base64.b64encode(serialization.msgpack_serialize(state)).decode(), counters]
+    found = peers.share(found)[0]
+    if found is None:
+        rule = "no checkpoint of the run can be read"
+        require(args.resume is None or args.start_fresh, args, "resume", rule, f"{args.resume} --start-fresh")
+        return 0, tree, None
+    update, text, counters = found
+    return update, serialization.from_state_dict(tree, serialization.msgpack_restore(base64.b64decode(text))), counters
+
+
 def versions() -> dict[str, str]:
     """Versions of what the bits depend on."""
     packages = ("jax", "jaxlib", "flax", "optax", "envpool", "numpy")
@@ -973,9 +1121,10 @@ def num_cores() -> int:
 CPU_FLAGS = "--img-size 42 --channels 8 16 16 --local-num-envs 8 --num-steps 32 --total-timesteps 16384"
 
 
-def warn_if_endless(args: Args, network: nn.Module, params: Any, obs: np.ndarray, device: jax.Device) -> None:
+def warn_if_endless(args: Args, network: nn.Module, params: Any, device: jax.Device) -> None:
     """On a CPU, say so when the run would take more than a day, at 10 GFLOP/s a core (a gradient costs 3 passes)."""
     if device.platform == "cpu":
+        obs = np.zeros((1, *env_spec(args)[0]), np.uint8)
         flops = jax.jit(network.apply).lower(params, obs).cost_analysis()["flops"]
         flops *= 1 + 3 * getattr(args, "update_epochs", 1)
         days = args.total_timesteps * flops / (1e10 * num_cores()) / 86400
@@ -984,40 +1133,61 @@ def warn_if_endless(args: Args, network: nn.Module, params: Any, obs: np.ndarray
             print(f"On this CPU the run would take about {days:.0f} days. Made for a CPU: {command}", flush=True)
 
 
+def scalar_summary(scalars: dict[str, float]) -> Summary:
+    return Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
+
+
 class Report:
     """What a person sees of a run: TensorBoard, the live line, summary.json."""
 
-    def __init__(self, args: Args, sizes: Sizes, devices: Devices):
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        self.args, self.sizes, self.devices = args, sizes, devices
-        self.directory = Path("runs") / name
-        self.wandb = None
+    def __init__(self, args: Args, sizes: Sizes, devices: Devices, directory: Path, counters: dict[str, Any] | None):
+        self.args, self.sizes, self.devices, self.directory = args, sizes, devices, directory
+        counters = counters or dict(updates=0, episodes=0, scores=[], seconds=0.0, resumed_at=[], wandb_id=None)
+        self.updates, self.episodes, self.scores = counters["updates"], counters["episodes"], counters["scores"]
+        self.resumed_at = counters["resumed_at"] + [self.updates] * (self.updates > 0)
+        self.evaluation, self.wandb, self.wandb_id = None, None, counters["wandb_id"]
         if args.track:
             import wandb
 
-            project = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=name, save_code=True)
-            self.wandb = wandb.init(**project, sync_tensorboard=True, config=asdict(args))
-        self.writer = SummaryWriter(str(self.directory))
+            place = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=directory.name)
+            again = dict(id=self.wandb_id, resume="allow") if self.wandb_id else {}
+            self.wandb = wandb.init(**place, **again, sync_tensorboard=True, config=asdict(args), save_code=True)
+            self.wandb_id = self.wandb.id
+        done, total = self.updates * sizes.steps, sizes.updates * sizes.steps
+        self.writer = event_file_writer.EventFileWriter(str(directory))
+        # what a run wrote after the checkpoint that it is resumed from is written again: TensorBoard forgets the first
+        self.write(done + 1, session_log=SessionLog(status=SessionLog.START))
         table = "\n".join(f"|{flag}|{value}|" for flag, value in asdict(args).items())
-        self.writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}")
+        self.write(done + 1, summary=text_pb("hyperparameters", f"|flag|value|\n|-|-|\n{table}"))
         line = "{percentage:3.0f}% {n_fmt}/{total_fmt} steps, {rate_fmt}, {remaining} left{postfix}"
-        self.bar = tqdm(total=sizes.updates * sizes.steps, unit=" steps", disable=None, bar_format=line)
-        self.scores, self.games, self.episodes = deque(maxlen=100), [], 0
-        self.updates = self.logged = 0
-        self.seconds = defaultdict(float)
-        self.start = self.logged_at = self.steady_from = time.perf_counter()
+        self.bar = tqdm(total=total, initial=done, unit=" steps", disable=None, bar_format=line)
+        self.logged_at = self.steady_from = time.perf_counter()
+        self.start, self.steady_steps = self.logged_at - counters["seconds"], None  # steps before steady_from
+        self.logged, self.games, self.seconds = self.updates, [], defaultdict(float)  # since the last log
 
-    def update(self, actors: list, lag: int, seconds: dict[str, float], rate: float, metrics) -> None:
+    def write(self, step: int, **content: Any) -> None:
+        """Add one event to the TensorBoard log."""
+        self.writer.add_event(Event(wall_time=time.time(), step=step, **content))
+
+    def counters(self) -> dict[str, Any]:
+        """What another Report needs in order to go on after a log (JSON), which is then on disk."""
+        self.writer.flush()
+        names = ("updates", "episodes", "scores", "resumed_at", "wandb_id")
+        return {name: getattr(self, name) for name in names} | {"seconds": time.perf_counter() - self.start}
+
+    def update(self, news: list, lag: int, seconds: dict[str, float], rate: float, metrics) -> None:
         """Take in one update, and write it out if a log is due.
 
-        actors: (games, seconds) of the deliveries of all actors of all processes. `metrics` is still on the device.
+        news: what every process says, (preempted, (games, seconds) of each actor's delivery). `metrics` is still on the
+        device.
         """
+        actors = [actor for _, deliveries in news for actor in deliveries]
         self.updates += 1
-        if self.updates == 1:
-            self.steady_from = time.perf_counter()
+        if self.steady_steps is None:
+            self.steady_from, self.steady_steps = time.perf_counter(), self.updates * self.sizes.steps
         games = [game for played, _ in actors for game in played]
         self.episodes += len(games)
-        self.scores.extend(score for score, _ in games)
+        self.scores = [*self.scores, *(score for score, _ in games)][-100:]
         self.games += games
         for source, share in [(seconds, 1.0), *((spent, 1 / len(actors)) for _, spent in actors)]:
             for name, value in source.items():
@@ -1028,7 +1198,8 @@ class Report:
         state += f", learner waits {waited / (waited + learned):.0%} of the time for {part}"
         self.bar.set_postfix_str(state, refresh=False)
         self.bar.update(self.sizes.steps)
-        if self.updates in (1, self.sizes.updates) or self.updates % self.args.log_frequency == 0:
+        due = self.updates == 1 or self.updates % self.args.log_frequency == 0
+        if due or checkpoint_due(self.args, self.sizes, self.updates):
             self.log(state, rate, lag, summarise(jax.device_get(metrics)))
 
     def log(self, state: str, rate: float, lag: int, losses: dict[str, float]) -> None:
@@ -1039,18 +1210,29 @@ class Report:
             charts["avg_episodic_return"], charts["avg_episodic_length"] = np.mean(self.games, axis=0)
         stats = {name: value / rounds for name, value in self.seconds.items()}
         stats |= {"policy_lag": lag, "episodes": len(self.games)}
-        for group, values in {"charts": charts, "losses": losses, "stats": stats}.items():
-            for name, value in values.items():
-                self.writer.add_scalar(f"{group}/{name}", value, step)
+        groups = {"charts": charts, "losses": losses, "stats": stats}
+        scalars = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
+        self.write(step, summary=scalar_summary(scalars))
         if self.bar.disable:
             share, left = step / self.bar.total, (self.bar.total - step) / sps
             pace = f"{step}/{self.bar.total} steps, {sps:.0f} steps/s, {left:.0f} s left"
             print(f"{share:4.0%} {pace}, {state}", flush=True)
         self.games, self.logged, self.logged_at, self.seconds = [], self.updates, now, defaultdict(float)
 
-    def close(self, status: str, params: Any) -> dict[str, Any]:
-        """Flush everything, write summary.json and print its gist."""
-        now, steps, scores = time.perf_counter(), self.updates * self.sizes.steps, list(self.scores)
+    def leave_model(self, network: nn.Module, params: Any) -> None:
+        """Write the model of --save-model and play its games."""
+        save_model(self.directory / "model.msgpack", self.args, params)
+        scores = play_games(self.args, network, params, self.args.eval_episodes)
+        self.evaluation = {"scores": scores, "mean": float(np.mean(scores)), "std": float(np.std(scores))}
+        scalars = {"eval/episodic_return": self.evaluation["mean"]}
+        self.write(self.updates * self.sizes.steps, summary=scalar_summary(scalars))
+        games = f"mean score of {len(scores)} games {np.mean(scores):.2f}"
+        print(f"model: {self.directory}/model.msgpack, {games}", flush=True)
+
+    def close(self, status: str, params: Any, hint: str) -> dict[str, Any]:
+        """Flush everything, write summary.json and print its gist and, if not finished, the hint how to go on."""
+        now, steps, scores = time.perf_counter(), self.updates * self.sizes.steps, self.scores
+        steady = steps - (self.steady_steps or steps)
         actors, _, mesh, *_ = self.devices
         summary = {
             "run_name": self.directory.name,
@@ -1063,22 +1245,27 @@ class Report:
             "updates": self.updates,
             "seconds": now - self.start,
             "sps": steps / (now - self.start),
-            "sps_steady": (steps - self.sizes.steps) / (now - self.steady_from) if self.updates > 1 else None,
+            "sps_steady": steady / (now - self.steady_from) if steady else None,
             "episodes": self.episodes,
             "mean_score": float(np.mean(scores)) if scores else None,
             "std_score": float(np.std(scores)) if scores else None,
+            "evaluation": self.evaluation,
+            "resumed_at": self.resumed_at,
             "params_sha256": params_sha256(params),
         }
-        draft = self.directory / "summary.json.part"  # renamed when whole: nobody reads half a summary
-        draft.write_text(json.dumps(summary, indent=2) + "\n")
-        draft.replace(self.directory / "summary.json")
         self.bar.close()
-        self.writer.close()
+        try:
+            write_json(self.directory / "summary.json", summary)
+            self.writer.close()
+        except OSError as error:  # a full disk must not hide what it made fail
+            print(f"summary.json or the log could not be written: {error}", flush=True)
         if self.wandb is not None:
             self.wandb.finish(exit_code=int(status != "finished"))
         games = f"{self.episodes} games" + (f", mean score {np.mean(scores):.2f}" if scores else "")
         pace = f"{steps} steps in {summary['seconds']:.0f} s, {summary['sps']:.0f} steps/s"
         print(f"{status}: {pace}, {games}; {self.directory}/summary.json")
+        if status != "finished":
+            print(hint)
         print(f"params sha256: {summary['params_sha256']}", flush=True)
         return summary
 
@@ -1086,27 +1273,28 @@ class Report:
 # === §10 Train, evaluate, main [shared] ===============================================================================
 
 
-def start_actors(args: Args, sizes: Sizes, devices: Devices, policy: Policy, handoff: HandOff, key) -> list:
+def start_actors(args: Args, sizes: Sizes, devices: Devices, policy, handoff: HandOff, key, updates: range) -> list:
     """One thread for every actor of this process."""
     env_threads = args.env_threads or max(1, num_cores() // sizes.actors)
     threads = []
+
+    def make_envs(generation: int, first: int) -> Envs:
+        return Envs(make_env(args, env_seeds(args.seed, generation, first, args.local_num_envs), env_threads))
+
     for i, actor_id in enumerate(handoff.params):
-        first = actor_id * args.local_num_envs
-        seeds = env_seeds(args.seed, 0, first, args.local_num_envs)
-        make_envs = lambda seeds=seeds: Envs(make_env(args, seeds, env_threads))
+        own_envs = partial(make_envs, first=actor_id * args.local_num_envs)
         here = i * args.local_num_envs  # the first environment's number within this process
         to_learner = partial(ship, first_env=here, shard_envs=sizes.shard_envs, devices=devices)
         own_key = jax.device_put(key, devices.actors[i // args.num_actor_threads])  # away from the learner's queue
-        updates = range(1, sizes.updates + 1)
-        actor = (actor_id, make_envs, policy, to_learner, handoff, own_key, args.num_steps, updates)
+        actor = (actor_id, own_envs, policy, to_learner, handoff, own_key, args, updates)
         threads.append(threading.Thread(target=run_actor, args=actor, name=f"actor {actor_id}", daemon=True))
         threads[-1].start()
     return threads
 
 
-def catch_signals(handoff: HandOff) -> dict[int, Any]:
-    """Let Ctrl-C end the run at its next wait, SIGTERM after this update, a second one at once; returns the handlers
-    before.
+@contextmanager
+def caught_signals(handoff: HandOff):
+    """Let Ctrl-C end the run at its next wait, SIGTERM after this update, and a second one at once.
 
     A handler that raises does not do: raised inside a callback of the garbage collector, an exception is lost.
     """
@@ -1120,7 +1308,50 @@ def catch_signals(handoff: HandOff) -> dict[int, Any]:
 
     main_thread = threading.current_thread() is threading.main_thread()
     previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM) if main_thread}
-    return previous
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+EVALUATION = 2**32 - 1  # the generation of evaluation's seeds; those of training count from 0
+
+
+def play_games(args: Args, network: nn.Module, params: Any, episodes: int, greedy: bool = False) -> list[float]:
+    """Scores of whole games, the first of each of `episodes` environments, so that short games do not count double.
+
+    Actions are sampled from the policy, or its most probable ones if `greedy`.
+    """
+    envs = Envs(make_env(args, env_seeds(args.seed, EVALUATION, 0, episodes), num_cores()))
+    key, scores = jax.random.key(args.seed), {}
+
+    @jax.jit
+    def act(params, obs, key, step):
+        logits, _ = network.apply(params, obs)
+        return logits.argmax(1) if greedy else jax.random.categorical(jax.random.fold_in(key, step), logits)
+
+    for step in count():
+        envs.step(jax.device_get(act(params, envs.obs, key, step)).astype(np.int32))
+        for i, (score, _) in zip(np.flatnonzero(envs.over).tolist(), envs.pop_games(), strict=True):
+            scores.setdefault(i, score)
+        if len(scores) == episodes:
+            envs.close()
+            return [scores[i] for i in range(episodes)]
+
+
+def save_model(path: Path, args: Args, params: Any) -> None:
+    """Write flags and parameters to one file (Flax serialization)."""
+    content = {"args": json.dumps(asdict(args)), "params": serialization.to_state_dict(jax.device_get(params))}
+    path.write_bytes(serialization.msgpack_serialize(content))
+
+
+def load_model(path: Path) -> tuple[Args, nn.Module, Any]:
+    """Flags, network and parameters of a file that `save_model` wrote."""
+    content = serialization.msgpack_restore(path.read_bytes())
+    flags = json.loads(content["args"])
+    args = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()})
+    return args, ActorCritic(env_spec(args)[1], args.channels, args.hiddens), content["params"]
 
 
 def train(args: Args) -> dict[str, Any]:
@@ -1132,54 +1363,72 @@ def train(args: Args) -> dict[str, Any]:
     with Peers(rank, size, address, args.peer_timeout, handoff.fail) as peers:
         peers.connect()
         peers.agree(args)
+        directory = open_run(args, size * sizes.actors) if rank == 0 else None
         peers.start_jax({*args.actor_device_ids, *args.learner_device_ids})
-        return run(args, sizes, find_devices(args, peers), handoff, peers)
+        return run(args, sizes, find_devices(args, peers), handoff, peers, directory)
 
 
-def run(args: Args, sizes: Sizes, devices: Devices, handoff: HandOff, peers: Peers) -> dict[str, Any]:
-    """What this process does of a run; every process returns the status and the hash, process 0 the whole summary."""
-    actor_key, learner_key, params_key = jax.random.split(jax.random.key(args.seed), 3)
+def make_state(args: Args, sizes: Sizes, device: jax.Device, key) -> tuple[nn.Module, TrainState, Callable]:
+    """The network, what is learned, and the learning rate of every update."""
     obs_shape, num_actions = env_spec(args)
     network = ActorCritic(num_actions, args.channels, args.hiddens)
-    obs = np.zeros((1, *obs_shape), np.uint8)
     quick = {"xla_backend_optimization_level": 0}  # runs once: the default would compile for seconds
-    params = jax.jit(network.init, compiler_options=quick)(params_key, obs)
-    peers.agree_on("initial parameters", params_sha256(params))
-    if peers.rank == 0:
-        warn_if_endless(args, network, params, obs, devices.learners[0])
+    params = jax.jit(network.init, compiler_options=quick)(key, np.zeros((1, *obs_shape), np.uint8))
     optimizer, learning_rate = make_optimizer(args, sizes)
     state = TrainState.create(apply_fn=network.apply, params=params, tx=optimizer)
-    states = [jax.device_put(state, device) for device in devices.learners]
+    return network, jax.device_put(state, device), learning_rate
+
+
+def give_params(handoff: HandOff, devices: Devices, version: int, params: Any) -> None:
+    """Give every actor of this process one token, with the parameters on its own device."""
+    copies = [jax.device_put(params, device) for device in devices.actors]
+    for i, actor_id in enumerate(handoff.params):
+        handoff.give_params(actor_id, version, copies[i * len(copies) // len(handoff.params)])
+
+
+def run(args: Args, sizes: Sizes, devices: Devices, handoff: HandOff, peers: Peers, directory: Path | None) -> dict:
+    """What this process does of a run. Process 0 has the directory and returns the summary, the others the status."""
+    actor_key, learner_key, params_key = jax.random.split(jax.random.key(args.seed), 3)
     learner_key = jax.device_put(learner_key, devices.learners[0])
+    network, state, learning_rate = make_state(args, sizes, devices.learners[0], params_key)
+    peers.agree_on("initial parameters", params_sha256(state.params))
+    checkpoints = Checkpoints(directory / "checkpoints", args.keep_checkpoints) if directory else None
+    done, (state, previous), counters = resume(checkpoints, peers, args, (state, state.params))
+    states = [jax.device_put(state, device) for device in devices.learners]
     learn = make_update(args, network, devices, sizes, handoff.wait_until_ready)
-    report, actors = Report(args, sizes, devices) if peers.rank == 0 else None, []
+    report = Report(args, sizes, devices, directory, counters) if directory else None
+    if report:
+        warn_if_endless(args, network, state.params, devices.learners[0])
+    updates, status, actors = range(done + 1, sizes.updates + 1), "finished", []
 
-    def give_params(version: int) -> None:
-        copies = [jax.device_put(states[0].params, device) for device in devices.actors]
-        for i, actor_id in enumerate(handoff.params):
-            handoff.give_params(actor_id, version, copies[i // args.num_actor_threads])
-
-    status, handlers = "finished", catch_signals(handoff)
     try:
-        actors += start_actors(args, sizes, devices, make_policy(network), handoff, actor_key)
-        for _ in range(1 + args.concurrency):
-            give_params(0)
-        for update in range(1, sizes.updates + 1):
-            seconds = defaultdict(float)
-            with timed(seconds, "rollout_queue_get_time"):
-                deliveries = handoff.get_rollouts(update)
-            with timed(seconds, "training_time"):
-                updated = learn(states, assemble(deliveries), jax.random.fold_in(learner_key, update))
-                handoff.wait_until_ready(updated)
-            states, metrics = updated
-            give_params(update)
-            news = peers.share([handoff.preempted.is_set(), [(d.games, d.seconds) for d in deliveries]])
-            if report:
-                played = [actor for _, actors in news for actor in actors]
-                report.update(played, update - 1 - deliveries[0].version, seconds, learning_rate(update), metrics)
-            if any(preempted for preempted, _ in news) and update < sizes.updates:
-                status = "preempted"
-                break
+        with caught_signals(handoff):
+            actors += start_actors(args, sizes, devices, make_policy(network), handoff, actor_key, updates)
+            if args.concurrency:
+                give_params(handoff, devices, max(0, done - 1), previous)
+            give_params(handoff, devices, done, states[0].params)
+            for update in updates:
+                seconds = defaultdict(float)
+                with timed(seconds, "rollout_queue_get_time"):
+                    deliveries = handoff.get_rollouts(update)
+                with timed(seconds, "training_time"):
+                    updated = learn(states, assemble(deliveries), jax.random.fold_in(learner_key, update))
+                    handoff.wait_until_ready(updated)
+                previous, (states, metrics) = states[0].params, updated
+                give_params(handoff, devices, update, states[0].params)
+                news = peers.share([handoff.preempted.is_set(), [(d.games, d.seconds) for d in deliveries]])
+                if report:
+                    report.update(news, update - 1 - deliveries[0].version, seconds, learning_rate(update), metrics)
+                    checkpoints.check()
+                    if checkpoint_due(args, sizes, update):
+                        checkpoints.save(update, (states[0], previous), report.counters())
+                if any(preempted for preempted, _ in news) and update < sizes.updates:
+                    status = "preempted"
+                    break
+        if report:
+            checkpoints.finish()
+            if args.save_model and status == "finished":
+                report.leave_model(network, states[0].params)
         peers.agree_on("final parameters", params_sha256(states[0].params))
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -1190,9 +1439,9 @@ def run(args: Args, sizes: Sizes, devices: Devices, handoff: HandOff, peers: Pee
             actor.join(2 if status == "failed" else None)  # it hangs if its device waits for a process that is gone
         summary = {"status": status}
         if report:
-            summary = report.close(status, states[0].params)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+            with suppress(RuntimeError):  # told already
+                checkpoints.finish()
+            summary = report.close(status, states[0].params, checkpoints.hint())
     return summary
 
 

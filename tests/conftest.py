@@ -12,12 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # Four devices on any machine; the size of XLA's thread pool must not depend on the number of cores. Each program is
-# compiled once for the whole suite.
+# compiled once for the whole suite and the processes that it starts.
 os.environ |= {
     "NPROC": "4",
     "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
     "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(prefix="cleanba-xla-"),
+    "JAX_COMPILATION_CACHE_DIR": os.environ.get("CLEANBA_TEST_CACHE") or tempfile.mkdtemp(prefix="cleanba-xla-"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 
@@ -49,7 +49,8 @@ def alone(script):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def forget_compiled_programs():
+def compiled_programs():
+    os.environ["CLEANBA_TEST_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"]  # for tests that start Python
     yield
     shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 

@@ -69,12 +69,14 @@ def test_actions_depend_on_actor_and_update_alone(script, counting_pool):
     """Uniform logits: actions are pure chance, drawn from (actor, update) and from nothing that came before."""
     network = type("Network", (), {"apply": lambda self, params, obs: (np.zeros((len(obs), 6)), np.zeros(len(obs)))})()
 
+    args = script.Args(num_steps=8)
+
     def actions(actor_id, updates):
         handoff = script.HandOff([actor_id], False)
         for update in updates:
             handoff.give_params(actor_id, update - 1, {})
-        make_envs, key = lambda: script.Envs(counting_pool(4)), jax.random.key(0)
-        script.run_actor(actor_id, make_envs, script.make_policy(network), lambda r: r, handoff, key, 8, updates)
+        make_envs, key = lambda generation: script.Envs(counting_pool(4)), jax.random.key(0)
+        script.run_actor(actor_id, make_envs, script.make_policy(network), lambda r: r, handoff, key, args, updates)
         return [handoff.get_rollouts(update)[0].rollout.behaviour.action for update in updates]
 
     first, second = actions(0, range(1, 3))
@@ -88,7 +90,8 @@ def test_a_stopped_actor_closes_its_pool(script, counting_pool):
     envs = script.Envs(counting_pool(2))
     envs.close = lambda: closed.append(True)
     handoff.stop()
-    script.run_actor(0, lambda: envs, counting_policy(script), None, handoff, jax.random.key(0), 4, range(1, 9))
+    actor = (0, lambda generation: envs, counting_policy(script), None, handoff, jax.random.key(0))
+    script.run_actor(*actor, script.Args(num_steps=4), range(1, 9))
     assert closed == [True]
 
 

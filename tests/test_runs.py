@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import conftest
@@ -80,7 +81,7 @@ def test_what_a_run_writes(script, capsys):
     directory = Path("runs") / summary["run_name"]
     assert json.loads((directory / "summary.json").read_text()) == json.loads(json.dumps(summary))
     events = EventAccumulator(str(directory)).Reload()
-    assert "SpaceInvaders-v5" in str(events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val)
+    assert "SpaceInvaders-v5" in str(events.Tensors("hyperparameters")[0].tensor_proto.string_val)
     names = set(events.Tags()["scalars"])
     readme = (conftest.ROOT / "README.md").read_text()
     documented = {
@@ -229,9 +230,9 @@ def test_a_slow_cpu_is_told(script, capsys):
 
     def warn(**flags):
         args = script.Args(**flags)
-        network, obs = script.ActorCritic(4, args.channels, args.hiddens), np.zeros((1, 4, 84, 84), np.uint8)
-        params = jax.eval_shape(network.init, jax.random.key(0), obs)
-        script.warn_if_endless(args, network, params, obs, jax.devices()[0])
+        network = script.ActorCritic(4, args.channels, args.hiddens)
+        params = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, 4, 84, 84), np.uint8))
+        script.warn_if_endless(args, network, params, jax.devices()[0])
         return capsys.readouterr().out
 
     line = warn()
@@ -243,9 +244,9 @@ def test_a_slow_cpu_is_told(script, capsys):
 
 
 def test_track_syncs_to_wandb(script, monkeypatch):
-    """wandb is told the run's name and flags before the log is opened, and how the run ended."""
+    """wandb is told name and flags before the log is opened, and how the run ended; a resumed run is the same one."""
     calls = []
-    run = type("Run", (), {"finish": lambda self, exit_code: calls.append(exit_code)})()
+    run = type("Run", (), {"id": "abc", "finish": lambda self, exit_code: calls.append(exit_code)})()
     wandb = types.ModuleType("wandb")
     wandb.init = lambda **options: calls.append(options) or run
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -259,3 +260,5 @@ def test_track_syncs_to_wandb(script, monkeypatch):
     assert options["name"] == summary["run_name"]
     assert options["config"]["total_timesteps"] == 64
     assert (options["project"], options["entity"], options["sync_tensorboard"]) == ("p", "e", True)
+    script.train(replace(args, resume=summary["run_name"]))
+    assert (calls[2]["id"], calls[2]["resume"]) == ("abc", "allow")

@@ -11,7 +11,7 @@ import sync_siblings
 from sync_siblings import ROOT, SIBLINGS, SOURCE
 
 ALLOWED = (
-    "envpool flax gymnasium huggingface_hub imageio jax numpy optax orbax rich tensorboardX tqdm tyro wandb".split()  # noqa: SIM905
+    "envpool flax gymnasium huggingface_hub imageio jax numpy optax orbax rich tensorboard tqdm tyro wandb".split()  # noqa: SIM905
 )
 BUDGET = {"cleanba_ppo_envpool_impala_atari_wrapper": 60, "cleanba_impala_envpool": 230}
 CHANGED = {  # every default that differs from the PPO script's

@@ -1,0 +1,344 @@
+"""A run that is killed at any moment and resumed ends with the bits of one that never was; models that leave it."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import conftest
+import jax
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+TINY = dict(img_size=16, channels=(4,), hiddens=(16,), local_num_envs=4, num_actor_threads=1, num_steps=8,
+            num_minibatches=1, log_frequency=1, checkpoint_frequency=2, total_timesteps=6 * 32)  # fmt: skip
+FLAGS = [*conftest.SMALL, "--num-actor-threads", "2", "--log-frequency", "1", "--total-timesteps", "8192"]
+FLAGS += ["--checkpoint-frequency", "4"]
+IT = ["--resume", "it", "--start-fresh"]  # starts, then goes on
+MODES = ["--no-concurrency", "--concurrency"]
+ONE_FAST = [name if i == 0 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(conftest.SCRIPTS)]
+
+
+class PowerCut(Exception):
+    pass
+
+
+def train_until(script, monkeypatch, update, **flags):
+    """Start a run of the name "it" and end it without warning after `update`."""
+    log = script.Report.update
+
+    def cut(report, *args):
+        log(report, *args)
+        if report.updates == update:
+            raise PowerCut
+
+    args = script.Args(**TINY | flags, resume="it", start_fresh=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Report, "update", cut)
+        with pytest.raises(PowerCut):
+            script.train(args)
+
+
+def resume(script, **flags):
+    return script.train(script.Args(**TINY | flags, resume="it"))
+
+
+@pytest.mark.parametrize("concurrency", [False, True])
+def test_a_resumed_run_has_the_same_bits(script, monkeypatch, concurrency):
+    """Cut between checkpoints, twice, and moved to two other devices: the bits, the games and the log of one run."""
+    flags = dict(concurrency=concurrency, env_id="Asterix-v5")
+    whole = script.train(script.Args(**TINY | flags))
+    train_until(script, monkeypatch, 3, **flags)
+    train_until(script, monkeypatch, 5, **flags)
+    resumed = resume(script, **flags, learner_device_ids=(2, 3), actor_device_ids=(1,))
+    for name in ("params_sha256", "global_step", "episodes", "mean_score"):
+        assert resumed[name] == whole[name]
+    assert (whole["resumed_at"], resumed["resumed_at"]) == ([], [2, 4])
+    logs = [EventAccumulator(f"runs/{run['run_name']}").Reload() for run in (whole, resumed)]
+    names = [name for name in logs[0].Tags()["scalars"] if name.startswith(("losses/", "charts/avg", "charts/learn"))]
+    for name in names:
+        whole_curve, curve = ([(event.step, event.value) for event in log.Scalars(name)] for log in logs)
+        assert curve == whole_curve, name
+    assert [event.step for event in logs[1].Scalars("charts/SPS")] == [32, 64, 96, 128, 160, 192]
+
+
+def test_a_checkpoint_brings_new_games(script):
+    """The seeds of an actor's pools are of one generation after the other."""
+    seeds, make_env = [], script.make_env
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "make_env", lambda args, s, threads: (seeds.append(s), make_env(args, s, threads))[1])
+        script.train(script.Args(**TINY))
+    assert seeds == [script.env_seeds(1, generation, 0, 4) for generation in range(3)]
+
+
+def test_a_finished_run_can_be_resumed(script):
+    """It plays nothing, and can still write its model."""
+    finished = script.train(script.Args(**TINY | dict(checkpoint_frequency=0, total_timesteps=64)))
+    flags = TINY | dict(checkpoint_frequency=0, total_timesteps=64, resume=finished["run_name"])
+    again = script.train(script.Args(**flags, save_model=True, eval_episodes=1))
+    assert again["params_sha256"] == finished["params_sha256"]
+    _, _, params = script.load_model(Path("runs", finished["run_name"], "model.msgpack"))
+    assert script.params_sha256(params) == finished["params_sha256"]
+
+
+def test_what_must_match_on_resume(script, monkeypatch):
+    train_until(script, monkeypatch, 3)
+    for flag, value, named in (
+        ("gamma", 0.9, "--gamma 0.9: the run to resume has 0.99. For example: --gamma 0.99"),
+        ("channels", (8,), "--channels 8: the run to resume has 4. For example: --channels 4"),
+        ("num_actor_threads", 2, "--num-actor-threads 2: must amount to the 1 actors of the run to resume"),
+    ):
+        with pytest.raises(script.FlagError) as caught:
+            resume(script, **{flag: value})
+        assert named in str(caught.value)
+
+
+def test_a_run_without_a_checkpoint(script):
+    """--resume says so and starts afresh only if told."""
+    with pytest.raises(script.FlagError, match=r"--resume it: there is no checkpoint in runs/it/checkpoints"):
+        resume(script)
+    assert not Path("runs").exists()
+    assert resume(script, start_fresh=True, total_timesteps=64)["run_name"] == "it"
+
+
+def test_a_directory_that_cannot_be_written(script):
+    Path("runs").write_text("a file where the directory should be")
+    with pytest.raises(script.FlagError, match="the run's directory cannot be written"):
+        script.train(script.Args(**TINY))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "removed"])
+def test_a_damaged_checkpoint(script, monkeypatch, capfd, damage):
+    """The one before is taken, and the damaged one written again."""
+    if damage != "flipped" and script.__name__ != conftest.SCRIPTS[0]:
+        pytest.skip("the same bytes in all scripts")
+    train_until(script, monkeypatch, 5)
+    newest = Path("runs/it/checkpoints/4")
+    files = [path for path in newest.rglob("*") if path.is_file() and path.stat().st_size]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    if damage == "truncated":
+        for path in files:
+            os.truncate(path, path.stat().st_size // 2)
+    elif damage == "flipped":
+        content = bytearray(largest.read_bytes())
+        content[len(content) // 2] ^= 1
+        largest.write_bytes(content)
+    else:
+        largest.unlink()
+    capfd.readouterr()
+    resumed = resume(script)
+    assert "the checkpoint of update 4 cannot be read, trying an older one" in capfd.readouterr().out
+    assert resumed["resumed_at"] == [2]
+    assert resumed["params_sha256"] == script.train(script.Args(**TINY))["params_sha256"]
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["4", "6"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """(script, mode) -> hash of the run that `FLAGS` describe, played once."""
+    launcher, hashes = conftest.Launcher(tmp_path_factory.mktemp("uninterrupted")), {}
+
+    def get(script, mode, **environment):
+        key = (script.__name__, mode)
+        if key not in hashes:
+            run = launcher.run(script, *FLAGS, mode, **environment)
+            hashes[key] = run["params_sha256"]
+        return hashes[key]
+
+    return get
+
+
+def kill_after(process, update, delay=0.0):
+    """kill -9 once the line of `update` is there. False if the run ended before."""
+    for line in process.stdout:
+        if "steps/s," in line and int(line.split("/")[0].split()[-1]) >= update * 256:
+            time.sleep(delay)
+            process.kill()
+            return process.wait() == -signal.SIGKILL
+    return False
+
+
+@pytest.mark.parametrize("script", ONE_FAST, indirect=True)
+def test_kill_9(script, launcher):
+    """A real process, killed at a random moment."""
+    flags = [*FLAGS, "--total-timesteps", "1536", "--checkpoint-frequency", "2"]
+    assert kill_after(launcher.start(script, *flags, *IT, PYTHONUNBUFFERED="1"), 3, random.uniform(0, 0.3))
+    resumed, whole = launcher.run_all(script, [*flags, *IT], flags)
+    assert resumed["params_sha256"] == whole["params_sha256"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_kill_9_ten_times(script, launcher, uninterrupted, mode):
+    """At random moments, so also while a checkpoint is written; every other time on one device and on two."""
+    killed = 0
+    for attempt in range(10):
+        devices = ["--learner-device-ids", *(["0"], ["1", "2"])[attempt % 2]]
+        process = launcher.start(script, *FLAGS, *IT, mode, *devices, PYTHONUNBUFFERED="1")
+        killed += kill_after(process, 2 + 3 * attempt, random.uniform(0, 0.5))
+    assert killed >= 8
+    assert launcher.run(script, *FLAGS, *IT, mode)["params_sha256"] == uninterrupted(script, mode)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_one_process_resumed_as_two(script, launcher, uninterrupted, mode):
+    assert kill_after(launcher.start(script, *FLAGS, *IT, mode, PYTHONUNBUFFERED="1"), 10)
+    writer, other = launcher.start_processes(script, *FLAGS, *IT, mode, "--num-actor-threads", "1")
+    assert launcher.summary(writer)["params_sha256"] == uninterrupted(script, mode)
+    assert other.wait(60) == 0
+
+
+@pytest.mark.slow
+def test_two_processes_resumed_as_one(script, launcher, uninterrupted):
+    writer, other = launcher.start_processes(script, *FLAGS, *IT, "--num-actor-threads", "1", "--no-concurrency")
+    assert kill_after(writer, 10)
+    assert other.wait(60) != 0
+    summary = launcher.run(script, *FLAGS, *IT, "--no-concurrency")
+    assert summary["params_sha256"] == uninterrupted(script, "--no-concurrency")
+
+
+KILLED_WRITING = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import conftest
+from orbax.checkpoint._src.path import atomicity
+script = conftest.load({name!r})
+
+async def die(self):
+    "All is written and the checkpoint has not its name yet."
+    if self._final_path.name == "4":
+        os.kill(os.getpid(), signal.SIGKILL)
+    await finalize(self)
+
+finalize = atomicity.AtomicRenameTemporaryPath.finalize
+atomicity.AtomicRenameTemporaryPath.finalize = die
+script.train(script.Args(**{flags!r}))
+"""
+
+
+@pytest.mark.parametrize("script", ONE_FAST, indirect=True)
+def test_kill_9_while_a_checkpoint_is_written(script, tmp_path):
+    flags = TINY | dict(resume="it", start_fresh=True)
+    code = KILLED_WRITING.format(tests=str(conftest.ROOT / "tests"), name=script.__name__, flags=flags)
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    names = sorted(path.name for path in Path("runs/it/checkpoints").iterdir())
+    assert names[0] == "2"
+    assert names[1].startswith("4.")  # half of one, by another name
+    resumed = resume(script)
+    assert resumed["resumed_at"] == [2]
+    assert resumed["params_sha256"] == script.train(script.Args(**TINY))["params_sha256"]
+
+
+FULL = {
+    "before": "could not be written, go on from update 2 with --resume runs/it: the disk is full",
+    "while": "could not be written, go on from update 2 with --resume runs/it: .*No space left on device",
+}
+
+
+@contextlib.contextmanager
+def small_disk(path, size):
+    """A file system of its own; skips the test where none can be made."""
+    path.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True)
+    if made.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@pytest.mark.parametrize("seen", ["before", "while"])
+@pytest.mark.parametrize("script", ONE_FAST, indirect=True)
+def test_a_full_disk(script, tmp_path, monkeypatch, seen):
+    """The run ends with an error that says so; with room again, its last whole checkpoint is resumed."""
+    save = script.Checkpoints.save
+
+    def fill(checkpoints, update, *rest):
+        if update == 4:
+            checkpoints.finish()
+            space = os.statvfs("runs")
+            os.posix_fallocate(ballast.fileno(), 0, space.f_bavail * space.f_bsize)
+        save(checkpoints, update, *rest)
+
+    with small_disk(tmp_path / "runs", "64m"):
+        with monkeypatch.context() as patch:
+            patch.setattr(script.Checkpoints, "save", fill)
+            if seen == "while":
+                patch.setattr(script.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10**9))
+            with open("runs/ballast", "wb") as ballast, pytest.raises(RuntimeError, match=FULL[seen]):
+                resume(script, start_fresh=True)
+        os.remove("runs/ballast")
+        resumed = resume(script)
+    assert resumed["resumed_at"] == [2]
+    assert resumed["params_sha256"] == script.train(script.Args(**TINY))["params_sha256"]
+
+
+@pytest.mark.slow
+def test_sigterm_ends_after_the_update_and_a_second_one_at_once(script, launcher, uninterrupted):
+    process = launcher.start(script, *FLAGS, *IT, "--no-concurrency", PYTHONUNBUFFERED="1")
+    for line in process.stdout:
+        if "1280/8192" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "go on from update 4 with --resume runs/it" in out
+    assert json.loads((launcher.directory / "runs/it/summary.json").read_text())["status"] == "preempted"
+    summary = launcher.run(script, *FLAGS, *IT, "--no-concurrency")
+    assert summary["params_sha256"] == uninterrupted(script, "--no-concurrency")
+
+    slow = ["--num-steps", "4096", "--total-timesteps", "1000000", "--resume", "slow", "--start-fresh"]
+    process = launcher.start(script, *FLAGS, *slow, PYTHONUNBUFFERED="1")
+    while not list((launcher.directory / "runs").glob("slow/events*")):
+        time.sleep(0.1)
+    time.sleep(2)  # the first rollout of many seconds
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == -signal.SIGTERM
+
+
+def test_a_model_leaves_the_run(script, capsys):
+    """Its file alone gives back the flags, the bits and the very games that the summary and the log tell of."""
+    flags = TINY | dict(env_id="Asterix-v5", total_timesteps=64, save_model=True, eval_episodes=3)
+    summary = script.train(script.Args(**flags))
+    directory = Path("runs", summary["run_name"])
+    assert "model.msgpack, mean score of 3 games" in capsys.readouterr().out
+    args, network, params = script.load_model(directory / "model.msgpack")
+    assert args == script.Args(**flags)
+    assert script.params_sha256(params) == summary["params_sha256"]
+    scores = script.play_games(args, network, params, 3)
+    assert scores == summary["evaluation"]["scores"]
+    (event,) = EventAccumulator(str(directory)).Reload().Scalars("eval/episodic_return")
+    assert event.value == pytest.approx(np.mean(scores), rel=1e-6) == pytest.approx(summary["evaluation"]["mean"])
+    assert script.play_games(args, network, params, 3, greedy=True) != scores
+
+
+def test_evaluation_counts_the_first_game_of_every_environment(script, monkeypatch, counting_pool):
+    """Environment i plays games of 3 + i steps: the quick ones play several, and count once."""
+    pool = counting_pool(4)
+    monkeypatch.setattr(script, "make_env", lambda *args: pool)
+    network = type("Network", (), {"apply": lambda self, params, obs: (np.zeros((len(obs), 6)), np.zeros(len(obs)))})()
+    # rewards of an episode of n steps are 0 to n - 1; the game's own points are ten times that
+    assert script.play_games(script.Args(), network, {}, 4) == [30, 60, 100, 150]
+    assert len(pool.log) == 6
+
+
+def test_greedy_takes_the_best_action(script, monkeypatch, counting_pool):
+    pool = counting_pool(1)
+    monkeypatch.setattr(script, "make_env", lambda *args: pool)
+    logits = jax.numpy.array([[0.0, 0.1, 0.0]])
+    network = type("Network", (), {"apply": lambda self, params, obs: (logits, np.zeros(1))})()
+    script.play_games(script.Args(), network, {}, 1, greedy=True)
+    assert [action for _, action in pool.log] == [1, 1, 1]
