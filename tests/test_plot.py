@@ -1,0 +1,263 @@
+"""From event files with known numbers to the figures, the table and the pictures of benchmark/plot.py."""
+
+import json
+import math
+import struct
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+ROOT = Path(__file__).parent.parent
+spec = spec_from_file_location("plot", ROOT / "benchmark" / "plot.py")
+plot = module_from_spec(spec)
+sys.modules["plot"] = plot
+spec.loader.exec_module(plot)
+
+
+def write_run(logs, *, game="Pong-v5", exp="ppo", seed=1, name=None, purge_step=None, impala=False, **summary):
+    """A run's directory below runs; logs: [(step, seconds, mean return or None, finished games)]."""
+    directory = Path("runs") / (name or f"{game}__{exp}__{seed}__20261124-120000-1")
+    flags = dict(exp_name=exp, env_id=game, seed=seed, total_timesteps=1000) | ({} if impala else dict(clip_coef=0.1))
+    writer = EventFileWriter(str(directory), filename_suffix=f".{purge_step or 0:09}")
+    (directory / "run.json").write_text(json.dumps({"args": flags}))
+    writer.add_event(Event(step=purge_step or 0, session_log=SessionLog(status=SessionLog.START)))
+    for step, seconds, score, games in logs:
+        scalars = {"charts/SPS": step / seconds, "stats/episodes": games}
+        scalars |= {} if score is None else {"charts/avg_episodic_return": score}
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        writer.add_event(Event(step=step, summary=Summary(value=values)))
+    writer.close()
+    if summary:
+        (directory / "summary.json").write_text(json.dumps(summary))
+    return directory
+
+
+def finished(logs, score, **run):
+    return write_run(logs, status="finished", mean_score=score, **run)
+
+
+def run_plot(*flags):
+    """What the command line does; returns the table that it wrote."""
+    argv, sys.argv = sys.argv, ["plot.py", "--reps", "200", *flags]
+    try:
+        plot.main()
+    finally:
+        sys.argv = argv
+    return Path("plots/table.md").read_text()
+
+
+def cells(table, row):
+    """The cells of the first line of the table that begins with `row`."""
+    line = next(line for line in table.splitlines() if line.startswith(f"| {row} |"))
+    return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
+def png_size(path):
+    return struct.unpack(">II", Path(path).read_bytes()[16:24])
+
+
+def test_reference_table_gives_the_published_medians():
+    """Acceptance: the medians and the mean minutes that the paper reports."""
+    table = run_plot("--reference", "all")
+    medians = {
+        "cleanba_impala_1gpu": ("165.8 %", "136.5"),
+        "cleanba_ppo_sync_1gpu": ("159.6 %", "215.9"),
+        "cleanba_impala_8gpu": ("157.2 %", "21.9"),
+        "cleanba_ppo_sync_8gpu": ("159.0 %", "36.8"),
+        "cleanba_ppo_async_8gpu": ("136.1 %", "28.7"),
+        "moolib_impala_1gpu": ("124.4 %", "163.5"),
+        "monobeast_impala_1gpu": ("159.7 %", "929.8"),
+    }
+    for column, (median, minutes) in medians.items():
+        games, _, found, *_, spent = cells(table, f"published {column}")
+        assert (games, found, spent) == ("57", median, minutes)
+    assert not Path("plots/steps.png").exists()
+
+
+def test_a_curve_is_the_mean_of_seeds_with_their_range_as_band():
+    """Two seeds of 1,000 steps, in 3,600 and 7,200 seconds, scores on straight lines."""
+    finished([(s, 3.6 * s, s / 100, 1) for s in range(100, 1001, 100)], 10.0, seed=1)
+    finished([(s, 7.2 * s, s / 50, 1) for s in range(100, 1001, 100)], 20.0, seed=2)
+    run_plot("runs", "--points", "10")
+    steps = pd.read_csv("plots/steps.csv")
+    assert list(steps.columns) == ["experiment", "env_id", "steps", "mean", "low", "high", "seeds"]
+    assert set(steps.experiment) == {"ppo"}
+    assert set(steps.env_id) == {"Pong-v5"}
+    assert set(steps.seeds) == {2}
+    np.testing.assert_allclose(steps.steps, np.arange(100, 1001, 100))
+    np.testing.assert_allclose(steps["mean"], 1.5 * np.arange(1, 11), rtol=1e-6)
+    np.testing.assert_allclose(steps.low, np.arange(1, 11), rtol=1e-6)
+    np.testing.assert_allclose(steps.high, 2.0 * np.arange(1, 11), rtol=1e-6)
+    hours = pd.read_csv("plots/hours.csv")  # 0.2 to 2 hours; the first seed ends after one
+    np.testing.assert_allclose(hours.hours, np.arange(1, 11) / 5, rtol=1e-6)
+    np.testing.assert_array_equal(hours.seeds, [2] * 5 + [1] * 5)
+    np.testing.assert_allclose(hours["mean"], [2, 4, 6, 8, 10, 12, 14, 16, 18, 20], rtol=1e-6)
+    assert hours.low[4] == pytest.approx(10.0)
+    assert hours.low[5:].isna().all()
+
+
+def test_between_two_points_games_count_alike_and_gaps_are_straight():
+    run = [(100, 1.0, 1.0, 3), (200, 2.0, 5.0, 1), (400, 4.0, 4.0, 1), (1000, 10.0, None, 0)]
+    finished(run, 4.0)
+    run_plot("runs", "--points", "5")
+    steps = pd.read_csv("plots/steps.csv")
+    # logs 1 and 2 become one at step 125, score 2; from there a line to (400, 4); no game later: the last score stays
+    np.testing.assert_allclose(steps.steps, [200, 400, 600, 800, 1000])
+    np.testing.assert_allclose(steps["mean"], [2 + 2 * 75 / 275, 4, 4, 4, 4], rtol=1e-6)
+
+
+def test_a_curve_begins_with_the_first_finished_game():
+    finished([(250, 1.0, None, 0), (500, 2.0, 7.0, 1), (1000, 4.0, 9.0, 1)], 9.0)
+    run_plot("runs", "--points", "4")
+    steps = pd.read_csv("plots/steps.csv")
+    assert list(steps.steps) == [500, 750, 1000]
+    assert list(steps["mean"]) == [7, 8, 9]
+
+
+def test_resumed_run_forgets_what_it_logged_twice():
+    """Killed after step 600 and resumed from the checkpoint of step 400, whose working time goes on."""
+    write_run([(s, 1.0 * s, 1.0, 1) for s in (200, 400, 600)])
+    finished([(600, 650.0, 2.0, 1), (1000, 1100.0, 3.0, 1)], 3.0, purge_step=401)
+    run_plot("runs", "--points", "5")
+    steps, runs = pd.read_csv("plots/steps.csv"), pd.read_csv("plots/runs.csv")
+    np.testing.assert_allclose(steps["mean"], [1, 1, 2, 2.5, 3])
+    assert runs.hours[0] == pytest.approx(1100 / 3600)
+
+
+def test_human_normalised_figures_by_hand():
+    """Pong: random -20.7, human 14.6. Breakout: random 1.7, human 30.5. Normalised: 0 and 1; 2 and 5."""
+    score = lambda game, x: {"Pong-v5": -20.7 + x * 35.3, "Breakout-v5": 1.7 + x * 28.8}[game]
+    for game, seed, x in [("Pong-v5", 1, 0), ("Pong-v5", 2, 1), ("Breakout-v5", 1, 2), ("Breakout-v5", 2, 5)]:
+        finished([(1000, 60.0, 0.0, 1)], score(game, x), game=game, seed=seed)
+    table = run_plot("runs")
+    figures = pd.read_csv("plots/scores.csv")
+    own = figures[figures.experiment == "ppo"].set_index("metric")
+    assert own.value["median"] == pytest.approx((0.5 + 3.5) / 2)  # of the means of games
+    assert own.value["mean"] == pytest.approx(2.0)
+    assert own.value["IQM"] == pytest.approx(1.5)  # without the lowest and the highest of 0, 1, 2, 5
+    assert own.value["optimality gap"] == pytest.approx(1 - (0 + 1 + 1 + 1) / 4)
+    assert (own.low["mean"], own.high["mean"]) == pytest.approx((1.0, 3.0))  # (0 + 2) / 2 and (1 + 5) / 2
+    assert (own.games["IQM"], own.runs["IQM"]) == (2, 4)
+    profile = pd.read_csv("plots/profiles.csv")
+    profile = profile[profile.experiment == "ppo"]
+    share = lambda tau: profile.share[(profile.tau - tau).abs().idxmin()]
+    assert (share(-1), share(0.5), share(1.5), share(3), share(4.9)) == (0.75, 0.75, 0.5, 0.25, 0.25)
+    assert cells(table, "ppo")[:3] == ["2", "4", "200.0 % [100.0, 300.0]"]
+    assert cells(table, "ppo")[-1] == "1.0"
+    published = figures[figures.experiment == "published cleanba_ppo_sync_1gpu"].set_index("metric")
+    assert published.value["mean"] == pytest.approx(((18.07 + 20.7) / 35.3 + (422.2 - 1.7) / 28.8) / 2, rel=1e-3)
+    assert cells(table, "Breakout-v5")[0] == "102.5 ± 43.2 (2)"  # 59.3 and 145.7
+
+
+def test_a_game_with_more_seeds_has_no_more_weight():
+    figures, _ = plot.aggregate([np.array([0.0, 0.0, 0.0]), np.array([1.0, 3.0])], np.array([0.5]), 10)
+    median, iqm, mean, gap, share = figures
+    assert (median, mean, gap, share) == (1, 1, 0.5, 0.5)
+    assert iqm == pytest.approx((3 * 0 + 3 * 1) / 6)  # the middle half of 0 0 0 0 0 0 1 1 1 3 3 3
+
+
+def test_interval_is_that_of_the_matrix_form_of_rliable():
+    scores = np.random.default_rng(0).gamma(1.0, 1.0, (5, 20))
+    _, (low, high) = plot.aggregate(list(scores.T), np.array([1.0]), 1000)
+    iqm = lambda x: np.array([plot.metrics.aggregate_iqm(x)])
+    _, interval = plot.library.get_interval_estimates({"": scores}, iqm, reps=1000)
+    assert (low[1], high[1]) == pytest.approx(tuple(interval[""][:, 0]), rel=0.03)
+
+
+def test_unfinished_run_counts_as_far_as_it_came_and_is_named():
+    """Its score is (60 * 4 + 60 * 8) / 120, of its last 100 games; the summary of an earlier stop is not used."""
+    finished([(500, 5.0, 1.0, 10), (1000, 10.0, 10.0, 10)], 10.0, seed=1)
+    logs = [(100, 1.0, 0.0, 60), (200, 2.0, 4.0, 60), (300, 3.0, 8.0, 60)]
+    write_run(logs, seed=2, status="preempted", mean_score=-5.0)
+    table = run_plot("runs", "--points", "10")
+    assert "- ppo: not finished, shown as far as they came: Pong-v5 seed 2 (30%)." in table
+    assert cells(table, "ppo")[1] == "2, 1 unfinished"
+    assert cells(table, "Pong-v5")[0] == "8.0 ± 2.0 (2, 1 unfinished)"
+    steps = pd.read_csv("plots/steps.csv").set_index("steps")
+    assert steps.seeds[300.0] == 1
+    assert steps.seeds[500.0] == 1
+    assert math.isnan(steps.low[500.0])
+    table = run_plot("runs", "--finished-only")
+    assert "__2__20261124-120000-1: left out, not finished." in table
+    assert cells(table, "Pong-v5")[0] == "10.0 (1)"
+
+
+def test_missing_game_one_seed_unknown_game_and_no_finished_game_are_named():
+    logs = [(1000, 10.0, 5.0, 1)]
+    for seed in (1, 2):
+        finished(logs, 5.0, seed=seed)
+        finished(logs, 5.0, seed=seed, game="Breakout-v5")
+        finished([(1000, 10.0, None, 0)], None, seed=seed, exp="impala", impala=True)
+    finished(logs, 5.0, exp="impala", game="Lunar-v5", impala=True)
+    table = run_plot("runs")
+    assert "- impala: no game has ended, so there is no score: Pong-v5 seed 1, Pong-v5 seed 2." in table
+    assert "- impala: one seed only, so no band: Lunar-v5." in table
+    assert "- impala: no human score is known, so not in the human-normalised figures: Lunar-v5." in table
+    assert "- impala: no run, so not in its figures: Breakout-v5." in table
+    assert cells(table, "Pong-v5")[:2] == ["no finished game", "5.0 ± 0.0 (2)"]
+    assert cells(table, "Breakout-v5")[:2] == ["", "5.0 ± 0.0 (2)"]
+    assert cells(table, "Lunar-v5") == ["5.0 (1)", "", "", "", "", ""]
+    assert set(pd.read_csv("plots/scores.csv").experiment) == {
+        "ppo",
+        "published cleanba_impala_1gpu",
+        "published cleanba_ppo_sync_1gpu",
+    }
+    assert pd.read_csv("plots/steps.csv").low[lambda low: low.notna()].size > 0
+
+
+def test_one_seed_has_no_interval():
+    finished([(1000, 10.0, 5.0, 1)], 5.0)
+    table = run_plot("runs", "--reference", "none")
+    assert pd.read_csv("plots/steps.csv").low.isna().all()
+    assert pd.read_csv("plots/scores.csv").low.isna().all()
+    assert cells(table, "ppo")[2] == "72.8 %"  # (5 + 20.7) / 35.3
+    assert "published" not in table
+    assert "published" not in Path("plots/scores.csv").read_text()
+
+
+def test_the_same_seed_twice_is_one_sample():
+    """The finished one stays; without any, the one that came further."""
+    kept = finished([(1000, 10.0, 5.0, 1)], 5.0, name="again")
+    other = write_run([(1000, 10.0, 9.0, 1)])
+    further = write_run([(400, 4.0, 1.0, 1)], seed=2)
+    write_run([(200, 2.0, 1.0, 1)], seed=2, name="short")
+    table = run_plot("runs")
+    assert f"{other}: left out, {kept} has the same experiment, game and seed." in table
+    assert f"runs/short: left out, {further} has" in table
+    assert list(pd.read_csv("plots/runs.csv").path) == [str(kept), str(further)]
+
+
+def test_pictures_grow_with_the_games():
+    games = sorted(pd.read_csv(ROOT / "benchmark" / "atari57_reference.csv").env_id)
+    for game in games[:5]:
+        finished([(500, 5.0, 1.0, 1), (1000, 10.0, 2.0, 1)], 2.0, game=game)
+    for pattern, size in [(f"runs/{games[0]}*", (780, 600)), ("runs", (1224, 720))]:
+        run_plot(pattern)
+        for name in ("steps", "hours"):
+            assert png_size(f"plots/{name}.png") == size
+        assert Path("plots/steps.png").stat().st_size > 15_000  # a blank page of that size is smaller
+        assert png_size("plots/scores.png")[0] == 1320
+
+
+def test_errors_name_the_flag_and_what_works(capsys):
+    finished([(1000, 10.0, 5.0, 1)], 5.0)
+    EventFileWriter("runs/empty").close()
+    for flags, message in {
+        (): "RUNS (empty): name directories of runs",
+        ("nowhere",): "RUNS nowhere: there is no TensorBoard log there or below. For example: runs",
+        ("runs/empty",): "RUNS runs/empty: no run there has logged what can be shown",
+        ("runs", "--points", "1"): "--points 1: must be 2 or more. For example: --points 100",
+        ("runs", "--reference", "cleanba_imp_1gpu"): "For example: --reference cleanba_impala_1gpu",
+    }.items():
+        with pytest.raises(SystemExit) as stopped:
+            run_plot(*flags)
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+    assert "runs/empty: left out, there is no log of these scripts in it yet." in run_plot("runs")
