@@ -1,0 +1,421 @@
+"""The sweep launcher, with a small script in place of a training run, and what the shell scripts and README type."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from unittest.mock import ANY
+
+import conftest
+import envpool
+import pytest
+
+run = conftest.load("benchmark/run")
+
+# What the launcher sees of a training script: its run directory, summary and exit code. The game says how it behaves.
+STUB = """
+import argparse, json, os, pathlib, signal, sys, time
+
+parser = argparse.ArgumentParser()
+for flag in ("--env-id", "--seed", "--resume", "--process-id"):
+    parser.add_argument(flag)
+args = parser.parse_known_args()[0]
+summary, game = pathlib.Path("runs", args.resume, "summary.json"), args.env_id
+
+def end(status, code):
+    summary.write_text(json.dumps({"status": status}))
+    sys.exit(code)
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN if game == "Deaf-v5" else lambda *_: end("preempted", 143))
+with open("starts.txt", "a") as starts:
+    starts.write(f"{game} {args.seed}\\n")
+place = [sorted(os.sched_getaffinity(0)), *(os.environ.get(name) for name in ("NPROC", "CUDA_VISIBLE_DEVICES"))]
+print(json.dumps(place), flush=True)
+while game in ("Slow-v5", "Deaf-v5") and not os.path.exists("go"):
+    time.sleep(0.02)
+if game == "Broken-v5" and not os.path.exists("repaired"):
+    sys.exit("the screen is black")
+if game == "Quiet-v5":
+    sys.exit(0)
+end("finished", 0)
+"""
+
+
+@pytest.fixture
+def stub(tmp_path):
+    (tmp_path / "stub.py").write_text(STUB)
+    return f"{shlex.quote(sys.executable)} stub.py"
+
+
+LAUNCHERS: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(tmp_path):
+    yield
+    (tmp_path / "go").touch()
+    while LAUNCHERS:
+        LAUNCHERS.pop().kill()
+
+
+def start(command: str, *flags: str, stdout=subprocess.PIPE) -> subprocess.Popen:
+    words = [sys.executable, str(conftest.ROOT / "benchmark" / "run.py"), "--command", command, *flags]
+    LAUNCHERS.append(subprocess.Popen(words, stdout=stdout, stderr=subprocess.STDOUT, text=True))
+    return LAUNCHERS[-1]
+
+
+def sweep(command: str, *flags: str) -> tuple[int, str]:
+    """Exit code and output of a sweep that ends by itself."""
+    launcher = start(command, *flags)
+    return (launcher.communicate(timeout=300)[0], launcher.returncode)[::-1]
+
+
+def starts(tmp_path) -> Counter:
+    """How often each (game, seed) was started."""
+    path = tmp_path / "starts.txt"
+    return Counter(path.read_text().splitlines()) if path.exists() else Counter()
+
+
+def wait_for(condition, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def log_of(tmp_path, game: str, seed: int = 1):
+    (path,) = tmp_path.glob(f"runs/{game}__stub__{seed}__*/log.txt")
+    return path
+
+
+def test_every_run_once_with_its_own_share(stub, tmp_path, monkeypatch):
+    monkeypatch.delenv("NPROC")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7")
+    flags = ["--env-ids", "One-v5", "Two-v5", "--seeds", "1", "2", "--workers", "2", "--gpus-per-worker", "1"]
+    code, out = sweep(stub, *flags)
+    assert code == 0, out
+    assert starts(tmp_path) == {"One-v5 1": 1, "Two-v5 1": 1, "One-v5 2": 1, "Two-v5 2": 1}
+    assert out.splitlines()[-1] == "runs: 4 finished"
+    places = [json.loads(log_of(tmp_path, game).read_text().splitlines()[1]) for game in ("One-v5", "Two-v5")]
+    (cores, nproc, gpu), (other_cores, other_nproc, other_gpu) = places
+    assert {gpu, other_gpu} == {"6", "7"}
+    available = len(os.sched_getaffinity(0))
+    assert nproc == other_nproc == str(len(cores)) == str(len(other_cores)) == str(max(1, available // 2))
+    assert available == 1 or not set(cores) & set(other_cores)
+
+
+def test_a_failure_is_named_and_the_others_run(stub, tmp_path):
+    code, out = sweep(stub, "--env-ids", "Broken-v5", "One-v5", "Quiet-v5", "--seeds", "1")
+    assert code == 1
+    assert "runs: 2 failed, 1 finished" in out
+    for game, exit_code, last in [("Broken-v5", 1, "the screen is black"), ("Quiet-v5", 0, "[[")]:
+        log = log_of(tmp_path, game).relative_to(tmp_path)
+        assert f"failed (exit code {exit_code}): read {log}, which ends with: {last}" in out
+    # a second start leaves out what is finished
+    (tmp_path / "repaired").touch()
+    code, out = sweep(stub, "--env-ids", "Broken-v5", "One-v5", "--seeds", "1")
+    assert (code, out.splitlines()[-1]) == (0, "runs: 2 finished")
+    assert starts(tmp_path) == {"Broken-v5 1": 2, "One-v5 1": 1, "Quiet-v5 1": 1}
+    # the log holds both attempts, with the commands as they can be pasted; both name one run
+    first, second = (line for line in log_of(tmp_path, "Broken-v5").read_text().splitlines() if line[0] == "$")
+    assert first == second
+    assert first.endswith(f"--resume {log_of(tmp_path, 'Broken-v5').parent.name} --start-fresh")
+
+
+def test_a_killed_launcher_takes_its_runs_along_and_the_next_one_goes_on(stub, tmp_path):
+    flags = ["--env-ids", "One-v5", "Slow-v5", "Two-v5", "--seeds", "1"]
+    launcher = start(stub, *flags)
+    wait_for(lambda: starts(tmp_path)["Slow-v5 1"])
+    launcher.kill()
+    summary = log_of(tmp_path, "Slow-v5").with_name("summary.json")
+    wait_for(summary.exists)
+    assert json.loads(summary.read_text())["status"] == "preempted"
+    (tmp_path / "go").touch()
+    code, out = sweep(stub, *flags)
+    assert code == 0, out
+    assert starts(tmp_path) == {"One-v5 1": 1, "Slow-v5 1": 2, "Two-v5 1": 1}
+
+
+def test_a_run_is_never_started_twice_at_once(stub, tmp_path):
+    flags = ["--env-ids", "Deaf-v5", "One-v5", "--seeds", "1"]
+    launcher = start(stub, *flags)
+    wait_for(lambda: starts(tmp_path)["Deaf-v5 1"])
+    launcher.kill()
+    second = start(stub, *flags)
+    wait_for(lambda: starts(tmp_path)["One-v5 1"])
+    (tmp_path / "go").touch()
+    out = second.communicate(timeout=60)[0]
+    assert second.returncode == 0, out
+    assert re.search(r"elsewhere: Deaf-v5.*\n.*running: One-v5", out)
+    assert starts(tmp_path) == {"Deaf-v5 1": 1, "One-v5 1": 1}
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_runs_so_that_they_can_be_resumed(stub, tmp_path, number, expected):
+    launcher = start(stub, "--env-ids", "Slow-v5", "One-v5", "--seeds", "1")
+    wait_for(lambda: starts(tmp_path)["Slow-v5 1"])
+    launcher.send_signal(number)
+    out = launcher.communicate(timeout=60)[0]
+    assert launcher.returncode == expected
+    assert "runs: 1 preempted, 1 waiting" in out
+    assert json.loads(log_of(tmp_path, "Slow-v5").with_name("summary.json").read_text())["status"] == "preempted"
+    assert starts(tmp_path) == {"Slow-v5 1": 1}
+
+
+def test_a_terminal_shows_a_table(stub, tmp_path):
+    outside, inside = pty.openpty()
+    launcher, out = start(stub, "--env-ids", "Slow-v5", "Broken-v5", "--seeds", "1", stdout=inside), ""
+    os.close(inside)
+    try:
+        while chunk := os.read(outside, 1000).decode():
+            out += chunk
+            if "[[0" in out:  # the last line of the log
+                (tmp_path / "go").touch()
+    except OSError:  # the other end is closed
+        os.close(outside)
+    assert launcher.wait(60) == 1
+    assert re.search(r"runs: 1 running, 1 waiting\r\n  running +0 min  Slow-v5 seed 1: ", out)
+    assert "\x1b[2A\x1b[J" in out
+    assert re.search(r"  failed +runs/Broken-v5__stub__1__\w+/log.txt", out)
+
+
+def call(monkeypatch, capsys, *flags: str) -> str:
+    """What the launcher prints without running anything."""
+    monkeypatch.setattr(sys, "argv", ["run.py", *flags])
+    run.main()
+    return capsys.readouterr().out
+
+
+def test_dry_run(monkeypatch, capsys):
+    monkeypatch.setattr(run.os, "sched_getaffinity", lambda pid: set(range(10)), raising=False)
+    monkeypatch.delenv("NPROC")
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7")
+    sizes = ["--workers", "2", "--processes", "2", "--gpus-per-worker", "2"]
+    out = call(monkeypatch, capsys, "--command", "uv run --with 'jax[cuda13]' stub.py --concurrency", *sizes,
+               "--exp-name", "x", "--env-ids", "Pong-v5", "Pong-v5", "--seeds", "3", "4", "--dry-run")  # fmt: skip
+    line = (
+        "NPROC=2 CUDA_VISIBLE_DEVICES={gpu} JAX_PLATFORMS=cuda,cpu taskset --cpu-list {cores} "
+        "uv run --with 'jax[cuda13]' stub.py --concurrency --env-id Pong-v5 --seed {seed} --exp-name x "
+        "--resume Pong-v5__x__{seed}__095bf121 --start-fresh "
+        "--coordinator-address 127.0.0.1:{port} --num-processes 2 --process-id {rank} & "
+    )
+    seed_3 = dict(seed=3, port=9876)
+    seed_4 = dict(seed=4, port=9877)
+    assert out.splitlines() == [
+        line.format(gpu=2, cores="0,1", rank=0, **seed_3) + line.format(gpu=3, cores="2,3", rank=1, **seed_3) + "wait",
+        line.format(gpu=5, cores="5,6", rank=0, **seed_4) + line.format(gpu=7, cores="7,8", rank=1, **seed_4) + "wait",
+    ]
+
+
+def test_other_flags_make_another_run_and_another_python_does_not(monkeypatch, capsys):
+    name = lambda *flags: re.search(r"--resume (\S+)", call(monkeypatch, capsys, *flags, "--dry-run"))[1]
+    base = name("--command", "uv run a.py --gamma 0.9")
+    assert name("--command", "python -O a.py --gamma 0.9") == base
+    assert name("--command", "python a.py --gamma 0.99") != base
+    assert name("--command", "python a.py --gamma 0.9", "--processes", "2") != base
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--command", "make"], "error: --command 'make': must name a script, NAME.py. For example: --command 'uv run"),
+        (["--command", "a.py --env_id=Pong-v5"], "must leave --env-id to the launcher"),
+        (["--exp-name", "a/b"], "error: --exp-name a/b: must be"),
+        (["--workers", "0"], "error: --workers 0: must be 1 or more. For example: --workers 1"),
+        (["--processes", "0"], "error: --processes 0: must be 1 or more. For example: --processes 1"),
+        (["--processes", "4", "--gpus-per-worker", "6"], "--gpus-per-worker 6: must be a multiple of --processes 4"),
+        (
+            ["--gpus-per-worker", "3"],
+            "CUDA_VISIBLE_DEVICES names 2, too few for --workers 1. For example: --gpus-per-worker 2",
+        ),
+        (["--env-ids", "atari5"], "--env-ids atari5: must be a game with its version, or a list: atari10, atari3"),
+        (["--env-ids"], "--env-ids (empty): needs one game or more"),
+        (["--seeds"], "--seeds (empty): needs one seed or more"),
+    ],
+)
+def test_errors(flags, message, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(SystemExit) as error:
+        call(monkeypatch, capsys, "--command", "a.py", *flags)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_lists_of_games():
+    known = set(envpool.list_all_envs())
+    for name, size in [("atari57", 57), ("atari10", 10), ("atari3", 3)]:
+        games = [made.env_id for made in run.plan(run.Options("a.py", env_ids=(name,), seeds=(1,)))]
+        assert len(set(games)) == len(games) == size
+        assert set(games) <= known
+
+
+# Stands in for every program that the documents and shell scripts call. It writes down what it is given; sbatch runs
+# its script as SLURM would run index $INDEX of an array, and notes how many tasks the header asks for.
+STAND_IN = f"""#!{sys.executable} -SI
+import json, os, re, subprocess, sys
+
+tool, words = os.path.basename(sys.argv[0]), sys.argv[1:]
+with open(os.environ["RECORDS"], "a") as records:
+    place = [os.environ.get(name) for name in ("SOURCE", "TASKS", "CUDA_VISIBLE_DEVICES")]
+    records.write(json.dumps([[tool, *words], *place]) + "\\n")
+if tool == "sbatch":
+    while words and words[0].startswith("-"):
+        words.pop(0)
+    text = open(words[0]).read() if words else sys.stdin.read()
+    sizes = re.findall("^#SBATCH --(nodes|ntasks|ntasks-per-node)=([0-9]+)", text, re.MULTILINE)
+    tasks = 1
+    for _, size in sizes:
+        tasks *= int(size)
+    index = os.environ.get("INDEX", "0")
+    job = dict(SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="10", SLURM_ARRAY_TASK_ID=index, TASKS=str(tasks))
+    sys.exit(subprocess.run(["bash", "-s", *words[1:]], input=text, text=True, env=os.environ | job).returncode)
+sys.exit(int(os.environ.get("EXIT_" + tool, 0)))
+"""
+
+
+@pytest.fixture
+def type_in(tmp_path, monkeypatch):
+    """Types a text in a shell; returns [words, source, tasks, GPUs] of every program that the text called."""
+    tools, records = tmp_path / "tools", tmp_path / "records"
+    tools.mkdir()
+    for name in ["pip", "uv", "python", "tensorboard", "sbatch", "srun", "scontrol"]:
+        (tools / name).write_text(STAND_IN)
+        (tools / name).chmod(0o755)
+    (tmp_path / "benchmark").symlink_to(conftest.ROOT / "benchmark")
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setenv("RECORDS", str(records))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def type_in(text: str, source: str = "", code: int = 0) -> list[list]:
+        records.write_text("")
+        options = dict(input=text + "\nwait", text=True, env=os.environ | {"SOURCE": source}, timeout=60)
+        result = subprocess.run(["bash", "-e"], **options)
+        assert result.returncode == code, source
+        return [json.loads(line) for line in records.read_text().splitlines()]
+
+    return type_in
+
+
+def test_slurm_array(type_in, tmp_path, monkeypatch, capsys):
+    flags = ["--command", "uv run --with 'a[b]' stub.py", "--env-ids", "One-v5", "Two-v5", "Six-v5", "--seeds", "5"]
+    flags += ["--exp-name", "x", "--workers", "2", "--processes", "2", "--gpus-per-worker", "8"]
+    _, dry, _ = call(monkeypatch, capsys, *flags, "--dry-run").splitlines()
+    name = re.search(r"--resume (\S+)", dry)[1]
+    text = call(monkeypatch, capsys, *flags, "--slurm")
+    for line in ["--job-name=x", "--array=0-2%2", "--ntasks=2", "--gpus-per-task=4", "--signal=TERM@120"]:
+        assert f"#SBATCH {line}\n" in text
+    words = ["uv", "run", "--with", "a[b]", "stub.py", "--env-id", "Two-v5", "--seed", "5", "--exp-name", "x"]
+    words += ["--resume", name, "--start-fresh", "--distributed"]
+    monkeypatch.setenv("INDEX", "1")
+    job = f"sbatch <<'END'\n{text}END\n"
+    _, (srun, *_) = type_in(job)
+    assert srun == ["srun", "--kill-on-bad-exit=1", "--cpus-per-task=10", *words]
+    # preempted: back into the queue
+    monkeypatch.setenv("EXIT_srun", "143")
+    *_, (requeue, *_) = type_in(job, code=143)
+    assert requeue == ["scontrol", "requeue", "7"]
+    # failed: not
+    monkeypatch.setenv("EXIT_srun", "1")
+    assert [record[0][0] for record in type_in(job, code=1)] == ["sbatch", "srun"]
+    # held by a launcher or another job
+    with (tmp_path / "runs" / name / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert [record[0][0] for record in type_in(job, code=1)] == ["sbatch"]
+    # finished runs are left out
+    (tmp_path / "runs" / name / "summary.json").write_text('{"status": "finished"}')
+    text = call(monkeypatch, capsys, *flags, "--slurm")
+    assert "Two-v5" not in text
+    assert "#SBATCH --array=0-1%2\n" in text
+
+
+# Holds flags against the scripts as they do themselves, without starting a run; on a machine of eight devices.
+CHECK = f"""
+import contextlib, io, json, os, sys
+sys.path.insert(0, {str(conftest.ROOT / "tests")!r})
+import conftest
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+import tyro
+
+def check(program, flags, tasks, gpus):
+    module = conftest.load(program)
+    if program.startswith("benchmark/"):
+        tyro.cli(module.Options, args=flags)
+        return
+    args = tyro.cli(module.Args, args=flags)
+    module.check_args(args, args.num_processes or (tasks if args.distributed else 1))
+    module.env_spec(args)
+    module.find_devices(args, conftest.alone(module))
+    if gpus and max(args.actor_device_ids + args.learner_device_ids) >= len(gpus.split(",")):
+        raise ValueError(f"a device that is not among the GPUs {{gpus}} of its process")
+
+for command in json.load(sys.stdin):
+    said, problem = io.StringIO(), None
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            check(*command)
+    except (Exception, SystemExit) as error:
+        problem = f"{{error!r}} {{said.getvalue()}}"
+    print(json.dumps(problem))
+"""
+
+
+def test_every_command_that_we_tell_people_to_type_is_valid(type_in, monkeypatch, capsys):
+    """Commands are caught where the shell hands them over; a sweep's become those of its runs, and those of SLURM."""
+    readme = (conftest.ROOT / "README.md").read_text()
+    records = [r for block in re.findall(r"```bash\n(.*?)```", readme, re.DOTALL) for r in type_in(block, "README.md")]
+    for path in sorted((conftest.ROOT / "benchmark").glob("*.sh")):
+        records += type_in(f"bash {shlex.quote(f'benchmark/{path.name}')}", path.name)
+    for words, source, *_ in records.copy():
+        if "benchmark/run.py" in words:
+            flags = [*words[words.index("benchmark/run.py") + 1 :], "--env-ids", "Pong-v5", "--seeds", "1"]
+            records += type_in(call(monkeypatch, capsys, *flags, "--dry-run"), source)
+            records += type_in(f"sbatch <<'END'\n{call(monkeypatch, capsys, *flags, '--slurm')}END\n", source)
+    checks, sources = [], Counter()
+    for words, source, tasks, gpus in records:
+        program = next((i for i, word in enumerate(words) if re.match(r"(cleanba_|benchmark/)\w+\.py", word)), None)
+        if program is not None:
+            checks.append([words[program].removesuffix(".py"), words[program + 1 :], int(tasks or 1), gpus])
+            sources[source] += 1
+    result = subprocess.run([sys.executable, "-c", CHECK], input=json.dumps(checks), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    problems = [json.loads(line) for line in result.stdout.splitlines()]
+    for check, problem in zip(checks, problems, strict=True):
+        assert problem is None, check
+    assert sources["README.md"] >= 7
+    for path in (conftest.ROOT / "benchmark").glob("*.sh"):
+        assert sources[path.name] >= 3  # the sweep, its run, its job
+
+
+def test_processes_of_a_run_name_each_other(type_in, monkeypatch, capsys):
+    flags = ["--command", "python a.py", "--processes", "3", "--env-ids", "Pong-v5", "--seeds", "1"]
+    place = lambda words: {flag: words[words.index(flag) + 1] for flag in words if flag in run.OWN_FLAGS[6:]}
+    places = [place(words) for words, *_ in type_in(call(monkeypatch, capsys, *flags, "--dry-run"))]
+    assert sorted(p["--process-id"] for p in places) == ["0", "1", "2"]
+    assert len({p["--coordinator-address"] for p in places}) == 1
+
+
+@pytest.mark.slow
+def test_a_real_run_ends_with_the_same_bits_when_the_launcher_is_killed(tmp_path):
+    words = [sys.executable, str(conftest.ROOT / "cleanba_ppo_envpool.py"), *conftest.SMALL]
+    command = shlex.join([*words, "--total-timesteps", "8192", "--checkpoint-frequency", "8"])
+    flags = ["--env-ids", "Breakout-v5", "--seeds", "1", "--exp-name"]
+    launcher = start(command, *flags, "killed")
+    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoints/8")), 300)
+    launcher.kill()
+    launcher.wait()
+    assert sweep(command, *flags, "killed") == (0, ANY)
+    assert sweep(command, *flags, "whole") == (0, ANY)
+    killed, whole = (json.loads(path.read_text()) for path in sorted(tmp_path.glob("runs/*/summary.json")))
+    assert [s["args"]["exp_name"] for s in (killed, whole)] == ["killed", "whole"]
+    assert killed["params_sha256"] == whole["params_sha256"]
+    assert killed["resumed_at"]
+    assert not whole["resumed_at"]
+    assert sweep(command, *flags, "whole") == (0, "runs: 1 finished\n" * 2)
