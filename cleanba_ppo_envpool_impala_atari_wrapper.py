@@ -1048,8 +1048,10 @@ def open_run(args: Args, actors: int) -> Path:
     actors: of all processes.
     """
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    directory, record = Path(args.resume or name), {"args": asdict(args), "actors": actors, "versions": versions()}
+    directory = Path(args.resume or name)
     directory = Path("runs") / directory if len(directory.parts) == 1 else directory
+    around = {"script": Path(__file__).stem, "NPROC": os.environ.get("NPROC", str(num_cores()))} | versions()
+    record = {"args": asdict(args), "actors": actors} | around
     if any((directory / "checkpoints").glob("[0-9]*")):
         old, new = json.loads((directory / "run.json").read_text()), json.loads(json.dumps(record))
         for flag, value in old["args"].items():
@@ -1058,9 +1060,9 @@ def open_run(args: Args, actors: int) -> Path:
         rule = f"must amount to the {old['actors']} actors of the run to resume, in all processes"
         threads = max(1, args.num_actor_threads * old["actors"] // actors)
         require(actors == old["actors"], args, "num_actor_threads", rule, threads)
-        for package, version in old["versions"].items():
-            if new["versions"][package] != version:
-                print(f"{package} is {new['versions'][package]} and was {version}: the bits may differ", flush=True)
+        for what, now in around.items():
+            if now != old[what]:
+                print(f"{what} is {now} and was {old[what]}: the bits may differ", flush=True)
     elif args.resume is not None:
         rule = f"there is no checkpoint in {directory}/checkpoints"
         require(args.start_fresh, args, "resume", rule, f"{args.resume} --start-fresh")
@@ -1102,7 +1104,10 @@ class Checkpoints:
             self.manager.save(update, args=items, force=True)
 
     def load(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """(update, tree, counters) of the newest checkpoint that is whole; `like` is a tree of the same shapes."""
+        """(update, tree, counters) of the newest checkpoint that is whole.
+
+        like: a tree of the same shapes, or None for the tree as it was written, of dictionaries.
+        """
         like = jax.tree.map(np.asarray, jax.device_get(serialization.to_state_dict(like)))
         for update in sorted(self.manager.all_steps(), reverse=True):
             try:
@@ -1394,7 +1399,8 @@ def play_games(args: Args, network: nn.Module, params: Any, episodes: int, greed
 
 def save_model(path: Path, args: Args, params: Any) -> None:
     """Write flags and parameters to one file (Flax serialization)."""
-    content = {"args": json.dumps(asdict(args)), "params": serialization.to_state_dict(jax.device_get(params))}
+    content = {"script": Path(__file__).stem, "args": json.dumps(asdict(args))}
+    content["params"] = serialization.to_state_dict(jax.device_get(params))
     path.write_bytes(serialization.msgpack_serialize(content))
 
 

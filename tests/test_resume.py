@@ -100,6 +100,19 @@ def test_what_must_match_on_resume(script, monkeypatch):
         assert named in str(caught.value)
 
 
+def test_what_may_change_the_bits_is_told(script, monkeypatch, capsys):
+    train_until(script, monkeypatch, 3)
+    monkeypatch.setenv("NPROC", "3")
+    versions = script.versions()
+    monkeypatch.setattr(script, "versions", lambda: versions | {"jax": "0.0.1"})
+    script.open_run(script.Args(**TINY, resume="it", learner_device_ids=(1,), save_model=True), 1)
+    told = capsys.readouterr().out.splitlines()[-2:]
+    assert told == [
+        "NPROC is 3 and was 4: the bits may differ",
+        f"jax is 0.0.1 and was {versions['jax']}: the bits may differ",
+    ]
+
+
 def test_a_run_without_a_checkpoint(script):
     """--resume says so and starts afresh only if told."""
     with pytest.raises(script.FlagError, match=r"--resume it: there is no checkpoint in runs/it/checkpoints"):
