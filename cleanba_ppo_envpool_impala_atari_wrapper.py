@@ -58,7 +58,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from importlib.metadata import version as package_version
 from importlib.util import find_spec
 from itertools import count
@@ -241,6 +241,7 @@ def env_options(args: Args) -> dict[str, Any]:
     )
 
 
+@cache
 def env_spec(args: Args) -> tuple[tuple[int, ...], int]:
     """The shape of an observation (4, H, W) and the number of actions A, without building a pool."""
     games = [name for name, (module, *_) in envpool.registration.registry.specs.items() if module == "envpool.atari"]
