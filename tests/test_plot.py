@@ -14,6 +14,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+pytest.importorskip("rliable", reason="rliable cannot be installed with this Python")
 ROOT = Path(__file__).parent.parent
 spec = spec_from_file_location("plot", ROOT / "benchmark" / "plot.py")
 plot = module_from_spec(spec)
