@@ -58,10 +58,14 @@ def whole():
     return cache(lambda script, **flags: script.train(script.Args(**TINY | flags))["params_sha256"])
 
 
-@pytest.mark.parametrize("concurrency", [False, True])
-def test_a_resumed_run_has_the_same_bits(script, monkeypatch, concurrency):
-    """Cut between checkpoints and moved to two other devices: the bits, the games and the log of one run."""
-    flags = dict(concurrency=concurrency, env_id="Asterix-v5", num_steps=32, total_timesteps=4 * 128)
+@pytest.mark.parametrize("default", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_resumed_run_has_the_same_bits(script, monkeypatch, default):
+    """Cut between checkpoints and moved to two other devices: the bits, the games and the log of one run.
+
+    In the script's own mode, synchronous or concurrent; in the other one in the slow suite.
+    """
+    flags = dict(env_id="Asterix-v5", num_steps=32, total_timesteps=4 * 128)
+    flags |= dict(concurrency=script.Args.concurrency == default)
     whole = script.train(script.Args(**TINY | flags))
     train_until(script, monkeypatch, 3, **flags)
     resumed = resume(script, **flags, learner_device_ids=(2, 3), actor_device_ids=(1,))
