@@ -38,6 +38,7 @@ a seed and no two actors a key, (5) gradients are added up in one fixed order, s
 """
 
 import base64
+import fcntl
 import hashlib
 import json
 import os
@@ -52,7 +53,7 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import cache, partial, reduce
@@ -145,7 +146,8 @@ def show(value: Any) -> str:
 def require(ok: bool, args: Args, flag: str, rule: str, instead: Any) -> None:
     """Raise FlagError about `flag` unless `ok`."""
     if not ok:
-        name, value = "--" + flag.replace("_", "-"), show(getattr(args, flag)) or "(empty)"
+        name, value = "--" + flag.replace("_", "-"), getattr(args, flag)
+        value = "(not given)" if value is None else show(value) or "(empty)"
         raise FlagError(f"{name} {value}: {rule}. For example: {name} {show(instead)}")
 
 
@@ -533,6 +535,13 @@ class HandOff:
 
         threading.Thread(target=wait, daemon=True).start()
         receive(self.ready)
+
+    def check(self) -> None:
+        """Raise what would end a wait, or Stopped after SIGTERM; for work that waits for nothing."""
+        if not self.ready.empty():
+            receive(self.ready)
+        if self.preempted.is_set():
+            raise Stopped
 
     def fail(self, error: BaseException) -> None:
         """Make the learner raise `error`, whatever it waits for. A signal handler may call this at any moment."""
@@ -1040,37 +1049,62 @@ FREE_FLAGS |= {"exp_name", "track", "wandb_project_name", "wandb_entity", "log_f
 FREE_FLAGS |= {"resume", "start_fresh", "save_model", "eval_episodes"}
 
 
-def open_run(args: Args, actors: int) -> Path:
-    """The directory of a new run, or of the one to resume, whose flags must be these. Raises FlagError.
+def describe(args: Args, actors: int) -> dict[str, Any]:
+    """What the bits of a run depend on (JSON), and its other flags. actors: of all processes."""
+    cpu = jax.default_backend() == "cpu"
+    around = {"script": Path(__file__).stem, "device": jax.devices()[0].device_kind} | versions()
+    around["threads of XLA"] = int(os.environ.get("NPROC", max(num_cores(), jax.local_device_count()))) if cpu else None
+    return json.loads(json.dumps({"args": asdict(args), "actors": actors, "around": around}))
 
-    actors: of all processes.
+
+def check_resumed(args: Args, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Hold a run against the one that it goes on with, both as `describe` has them. Raises FlagError."""
+    rule = f"is a run of {old['around']['script']}.py, which has other flags"
+    require(old["args"].keys() == new["args"].keys(), args, "resume", rule, f"{args.resume}-2 --start-fresh")
+    for flag, value in old["args"].items():
+        same = flag in FREE_FLAGS or new["args"][flag] == value
+        require(same, args, flag, f"the run to resume has {show(value)}", value)
+    rule = f"must amount to the {old['actors']} actors of the run to resume, in all processes"
+    threads = max(1, args.num_actor_threads * old["actors"] // new["actors"])
+    require(new["actors"] == old["actors"], args, "num_actor_threads", rule, threads)
+    for what, before in old["around"].items():
+        if new["around"][what] != before:
+            print(f"{what}: {new['around'][what]} now and {before} before, the bits may differ", flush=True)
+
+
+@contextmanager
+def open_run(args: Args, record: dict[str, Any]):
+    """The directory of a new run, or of the one to resume, for this process alone. Raises FlagError.
+
+    record: of `describe`.
     """
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    require(args.resume != "", args, "resume", "must name a run", "my-run")
     directory = Path(args.resume or name)
     directory = Path("runs") / directory if len(directory.parts) == 1 else directory
-    around = {"script": Path(__file__).stem, "NPROC": os.environ.get("NPROC", str(num_cores()))} | versions()
-    record = {"args": asdict(args), "actors": actors} | around
-    if any((directory / "checkpoints").glob("[0-9]*")):
-        old, new = json.loads((directory / "run.json").read_text()), json.loads(json.dumps(record))
-        for flag, value in old["args"].items():
-            same = flag in FREE_FLAGS or new["args"][flag] == value
-            require(same, args, flag, f"the run to resume has {show(value)}", value)
-        rule = f"must amount to the {old['actors']} actors of the run to resume, in all processes"
-        threads = max(1, args.num_actor_threads * old["actors"] // actors)
-        require(actors == old["actors"], args, "num_actor_threads", rule, threads)
-        for what, now in around.items():
-            if now != old[what]:
-                print(f"{what} is {now} and was {old[what]}: the bits may differ", flush=True)
+    checkpoints = directory / "checkpoints"
+    if any(path.name.isdigit() for path in checkpoints.glob("*")):
+        check_resumed(args, json.loads((directory / "run.json").read_text()), record)
     elif args.resume is not None:
-        rule = f"there is no checkpoint in {directory}/checkpoints"
-        require(args.start_fresh, args, "resume", rule, f"{args.resume} --start-fresh")
+        close = get_close_matches(directory.name, [path.parent.name for path in directory.parent.glob("*/run.json")], 1)
+        instead = close[0] if close and not directory.exists() else f"{args.resume} --start-fresh"
+        require(args.start_fresh, args, "resume", f"there is no checkpoint in {checkpoints}", instead)
     try:
-        (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_json(directory / "run.json", record)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        lock = os.open(checkpoints, os.O_RDONLY)
     except OSError as error:
         example = "start the script in a directory that can be written"
         raise FlagError(f"the run's directory cannot be written: {error}. For example: {example}") from None
-    return directory
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of a process that is killed, the system lets it go
+        except BlockingIOError:
+            require(False, args, "resume", "another process has this run", f"{args.resume}-2 --start-fresh")
+        for leftover in checkpoints.glob("*.orbax-checkpoint-tmp"):  # of one that was killed while it wrote
+            shutil.rmtree(leftover)
+        yield directory
+    finally:
+        os.close(lock)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -1101,15 +1135,11 @@ class Checkpoints:
             items = ocp.args.Composite(state=ocp.args.StandardSave(tree), record=record)
             self.manager.save(update, args=items, force=True)
 
-    def load(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """(update, tree, counters) of the newest checkpoint that is whole.
-
-        like: a tree of the same shapes, or None for the tree as it was written, of dictionaries.
-        """
-        like = jax.tree.map(np.asarray, jax.device_get(serialization.to_state_dict(like)))
+    def load(self) -> tuple[int, Any, dict[str, Any]] | None:
+        """(update, tree of dictionaries, counters) of the newest checkpoint that is whole."""
         for update in sorted(self.manager.all_steps(), reverse=True):
             try:
-                items = ocp.args.Composite(state=ocp.args.StandardRestore(like), record=ocp.args.JsonRestore())
+                items = ocp.args.Composite(state=ocp.args.StandardRestore(), record=ocp.args.JsonRestore())
                 items = self.manager.restore(update, args=items)
                 if params_sha256(items.state) != items.record["sha256"]:
                     raise ValueError("its bits are not those that were written")
@@ -1148,17 +1178,21 @@ def checkpoint_due(args: Args, sizes: Sizes, update: int) -> bool:
 
 
 def resume(checkpoints: Checkpoints | None, peers: Peers, args: Args, tree: Any) -> tuple[int, Any, dict | None]:
-    """(update, tree, counters) of the newest checkpoint of process 0, on every process; (0, tree, None) if none."""
-    found = None
-    if checkpoints and args.resume is not None and (saved := checkpoints.load(tree)):
-        update, state, counters = saved
-        found = [update, base64.b64encode(serialization.msgpack_serialize(state)).decode(), counters]
-    found = peers.share(found)[0]
-    if found is None:
+    """(update, tree, counters) of the newest checkpoint of process 0, on every process; (0, tree, None) if none.
+
+    Raises FlagError if it is of other arrays than `tree`, or if the run may not start afresh.
+    """
+    saved, shapes = None, lambda tree: jax.tree.map(np.shape, serialization.to_state_dict(tree))
+    if checkpoints and args.resume is not None and (saved := checkpoints.load()):
+        rule = "the network or the optimizer of the run to resume is another"
+        require(shapes(saved[1]) == shapes(tree), args, "resume", rule, f"{args.resume}-2 --start-fresh")
+    saved = saved and [saved[0], base64.b64encode(serialization.msgpack_serialize(saved[1])).decode(), saved[2]]
+    saved = peers.share(saved)[0]
+    if saved is None:
         rule = "no checkpoint of the run can be read"
         require(args.resume is None or args.start_fresh, args, "resume", rule, f"{args.resume} --start-fresh")
         return 0, tree, None
-    update, text, counters = found
+    update, text, counters = saved
     return update, serialization.from_state_dict(tree, serialization.msgpack_restore(base64.b64decode(text))), counters
 
 
@@ -1274,15 +1308,22 @@ class Report:
             print(f"{share:4.0%} {pace}, {state}", flush=True)
         self.games, self.logged, self.logged_at, self.seconds = [], self.updates, now, defaultdict(float)
 
-    def leave_model(self, network: nn.Module, params: Any) -> None:
-        """Write the model of --save-model and play its games."""
+    def leave_model(self, network: nn.Module, params: Any, check: Callable) -> str:
+        """Write the model of --save-model and play its games; returns the run's status. check: `HandOff.check`."""
+        start = time.perf_counter()
         save_model(self.directory / "model.msgpack", self.args, params)
-        scores = play_games(self.args, network, params, self.args.eval_episodes)
+        try:
+            scores = play_games(self.args, network, params, self.args.eval_episodes, check=check)
+        except Stopped:
+            return "preempted"
+        finally:  # training has ended, its time too
+            self.start, self.steady_from = (at + time.perf_counter() - start for at in (self.start, self.steady_from))
         self.evaluation = {"scores": scores, "mean": float(np.mean(scores)), "std": float(np.std(scores))}
         scalars = {"eval/episodic_return": self.evaluation["mean"]}
         self.write(self.updates * self.sizes.steps, summary=scalar_summary(scalars))
         games = f"mean score of {len(scores)} games {np.mean(scores):.2f}"
         print(f"model: {self.directory}/model.msgpack, {games}", flush=True)
+        return "finished"
 
     def close(self, status: str, params: Any, hint: str) -> dict[str, Any]:
         """Flush everything, write summary.json and print its gist and, if not finished, the hint how to go on."""
@@ -1373,10 +1414,10 @@ def caught_signals(handoff: HandOff):
 EVALUATION = 2**32 - 1  # the generation of evaluation's seeds; those of training count from 0
 
 
-def play_games(args: Args, network: nn.Module, params: Any, episodes: int, greedy: bool = False) -> list[float]:
+def play_games(args: Args, network, params, episodes: int, greedy=False, check=lambda: None) -> list[float]:
     """Scores of whole games, the first of each of `episodes` environments, so that short games do not count double.
 
-    Actions are sampled from the policy, or its most probable ones if `greedy`.
+    Actions are sampled from the policy, or its most probable ones if `greedy`. check: called at every step.
     """
     envs = Envs(make_env(args, env_seeds(args.seed, EVALUATION, 0, episodes), num_cores()))
     key, scores = jax.random.key(args.seed), {}
@@ -1387,6 +1428,7 @@ def play_games(args: Args, network: nn.Module, params: Any, episodes: int, greed
         return logits.argmax(1) if greedy else jax.random.categorical(jax.random.fold_in(key, step), logits)
 
     for step in count():
+        check()
         envs.step(jax.device_get(act(params, envs.obs, key, step)).astype(np.int32))
         for i, (score, _) in zip(np.flatnonzero(envs.over).tolist(), envs.pop_games(), strict=True):
             scores.setdefault(i, score)
@@ -1419,9 +1461,10 @@ def train(args: Args) -> dict[str, Any]:
     with Peers(rank, size, address, args.peer_timeout, handoff.fail) as peers:
         peers.connect()
         peers.agree(args)
-        directory = open_run(args, size * sizes.actors) if rank == 0 else None
         peers.start_jax({*args.actor_device_ids, *args.learner_device_ids})
-        return run(args, sizes, find_devices(args, peers), handoff, peers, directory)
+        devices, record = find_devices(args, peers), describe(args, size * sizes.actors)
+        with open_run(args, record) if rank == 0 else nullcontext() as directory:
+            return run(args, sizes, devices, handoff, peers, directory, record)
 
 
 def make_state(args: Args, sizes: Sizes, device: jax.Device, key) -> tuple[nn.Module, TrainState, Callable]:
@@ -1442,7 +1485,7 @@ def give_params(handoff: HandOff, devices: Devices, version: int, params: Any) -
         handoff.give_params(actor_id, version, copies[i * len(copies) // len(handoff.params)])
 
 
-def run(args: Args, sizes: Sizes, devices: Devices, handoff: HandOff, peers: Peers, directory: Path | None) -> dict:
+def run(args: Args, sizes: Sizes, devices: Devices, handoff: HandOff, peers: Peers, directory, record) -> dict:
     """What this process does of a run. Process 0 has the directory and returns the summary, the others the status."""
     actor_key, learner_key, params_key = jax.random.split(jax.random.key(args.seed), 3)
     learner_key = jax.device_put(learner_key, devices.learners[0])
@@ -1450,6 +1493,8 @@ def run(args: Args, sizes: Sizes, devices: Devices, handoff: HandOff, peers: Pee
     peers.agree_on("initial parameters", params_sha256(state.params))
     checkpoints = Checkpoints(directory / "checkpoints", args.keep_checkpoints) if directory else None
     done, (state, previous), counters = resume(checkpoints, peers, args, (state, state.params))
+    if directory:
+        write_json(directory / "run.json", record)
     states = [jax.device_put(state, device) for device in devices.learners]
     learn = make_update(args, network, devices, sizes, handoff.wait_until_ready)
     report = Report(args, sizes, devices, directory, counters) if directory else None
@@ -1481,10 +1526,10 @@ def run(args: Args, sizes: Sizes, devices: Devices, handoff: HandOff, peers: Pee
                 if any(preempted for preempted, _ in news) and update < sizes.updates:
                     status = "preempted"
                     break
-        if report:
-            checkpoints.finish()
-            if args.save_model and status == "finished":
-                report.leave_model(network, states[0].params)
+            if report:
+                checkpoints.finish()
+            if report and args.save_model and status == "finished":
+                status = report.leave_model(network, states[0].params, handoff.check)
         peers.agree_on("final parameters", params_sha256(states[0].params))
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"

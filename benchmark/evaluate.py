@@ -130,12 +130,14 @@ def load_checkpoint(script: ModuleType, run: Path) -> Model:
     record = json.loads((run / "run.json").read_text())
     flags = record["args"]
     args = script.Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()})
-    saved = script.Checkpoints(run / "checkpoints", 1).load(None)  # no tree to compare with: as it was written
+    saved = script.Checkpoints(run / "checkpoints", 1).load()
     if saved is None:
         raise ValueError("no checkpoint can be read")
     update, tree, _ = saved
     network = script.ActorCritic(script.env_spec(args)[1], args.channels, args.hiddens)
-    return Model(f"{run}, checkpoint of update {update}", run, record["script"], args, network, tree["0"]["params"])
+    return Model(
+        f"{run}, checkpoint of update {update}", run, record["around"]["script"], args, network, tree["0"]["params"]
+    )
 
 
 @contextmanager

@@ -101,7 +101,7 @@ class Run:
         with self.log.open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - 2000))
             lines = log.read().decode(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return next((line.strip() for line in reversed(lines) if re.search(r"\w", line)), "")
 
     def start(self, options: Options, worker: int) -> bool:
         """Start the run's processes, unless it is finished or another launcher has it."""

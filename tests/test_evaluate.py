@@ -110,7 +110,7 @@ def test_a_run_by_its_name(ppo, capsys):
     args, network, params = make_model(ppo)
     Path("runs/one/checkpoints").mkdir(parents=True)
     Path("model.msgpack").rename("runs/one/model.msgpack")
-    Path("runs/one/run.json").write_text(json.dumps({"args": asdict(args)}))
+    Path("runs/one/run.json").write_text(json.dumps({"args": asdict(args), "around": {"script": PPO}}))
     checkpoints = ppo.Checkpoints(Path("runs/one/checkpoints"), 2)
     older = jax.tree.map(np.zeros_like, params)
     for update, current, previous in [(9, older, older), (10, params, older)]:

@@ -89,11 +89,16 @@ def test_a_checkpoint_brings_new_games(script, monkeypatch, counting_pool):
     assert seeds == [script.env_seeds(1, generation, 0, 4) for generation in range(3)]
 
 
-def test_a_finished_run_can_be_resumed(script):
-    """It plays nothing, and can still write its model."""
+def test_a_finished_run_can_be_resumed(script, monkeypatch):
+    """It plays nothing, and can still write its model; SIGTERM ends the games that --save-model plays."""
     finished = script.train(script.Args(**TINY | dict(checkpoint_frequency=0, total_timesteps=64)))
     flags = TINY | dict(checkpoint_frequency=0, total_timesteps=64, resume=finished["run_name"])
-    again = script.train(script.Args(**flags, save_model=True, eval_episodes=1))
+    args = script.Args(**flags, save_model=True, eval_episodes=1)
+    check = script.HandOff.check
+    with monkeypatch.context() as patch:
+        patch.setattr(script.HandOff, "check", lambda handoff: (handoff.preempted.set(), check(handoff)))
+        assert script.train(args)["status"] == "preempted"
+    again = script.train(args)
     assert again["params_sha256"] == finished["params_sha256"]
     _, _, params = script.load_model(Path("runs", finished["run_name"], "model.msgpack"))
     assert script.params_sha256(params) == finished["params_sha256"]
@@ -110,15 +115,39 @@ def test_what_may_change_on_resume(script, monkeypatch, capsys):
         with pytest.raises(script.FlagError) as caught:
             resume(script, **{flag: value})
         assert named in str(caught.value)
+    with pytest.raises(
+        script.FlagError, match="--resume it: the network or the optimizer of the run to resume is another"
+    ):
+        resume_with_another_network(script, monkeypatch)
+    assert json.loads(Path("runs/it/run.json").read_text())["args"]["gamma"] == 0.99  # no failed try left a trace
     versions = script.versions()
     monkeypatch.setattr(script, "versions", lambda: versions | {"jax": "0.0.1"})
     monkeypatch.setenv("NPROC", "3")
     capsys.readouterr()
-    script.open_run(script.Args(**TINY, resume="it", learner_device_ids=(1,), save_model=True), 1)
-    assert capsys.readouterr().out.splitlines() == [
-        "NPROC is 3 and was 4: the bits may differ",
-        f"jax is 0.0.1 and was {versions['jax']}: the bits may differ",
-    ]
+    args = script.Args(**TINY, resume="it", learner_device_ids=(1,), save_model=True)
+    with script.open_run(args, script.describe(args, 1)):
+        assert capsys.readouterr().out.splitlines() == [
+            f"jax: 0.0.1 now and {versions['jax']} before, the bits may differ",
+            "threads of XLA: 3 now and 4 before, the bits may differ",
+        ]
+        with pytest.raises(script.FlagError, match="--resume it: another process has this run"):
+            resume(script)
+    record = json.loads(Path("runs/it/run.json").read_text())
+    del record["args"]["gamma"]
+    Path("runs/it/run.json").write_text(json.dumps(record))
+    with pytest.raises(script.FlagError, match=f"--resume it: is a run of {script.__name__}.py, which has other flags"):
+        resume(script)
+
+
+def resume_with_another_network(script, monkeypatch):
+    class Wider(script.ActorCritic):
+        def __post_init__(self):
+            self.hiddens = (17,)
+            super().__post_init__()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "ActorCritic", Wider)
+        resume(script, start_fresh=True)
 
 
 def test_a_run_without_a_checkpoint(script):
@@ -126,8 +155,16 @@ def test_a_run_without_a_checkpoint(script):
     with pytest.raises(script.FlagError, match=r"--resume it: there is no checkpoint in runs/it/checkpoints"):
         resume(script)
     assert not Path("runs").exists()
-    assert script.open_run(script.Args(**TINY, resume="it", start_fresh=True), 1) == Path("runs/it")
-    assert script.open_run(script.Args(**TINY, resume="here/it", start_fresh=True), 1) == Path("here/it")
+    for name, directory in (("it", "runs/it"), ("here/it", "here/it")):
+        args = script.Args(**TINY, resume=name, start_fresh=True)
+        with script.open_run(args, script.describe(args, 1)) as opened:
+            assert opened == Path(directory)
+    Path("runs/my-run").mkdir()
+    Path("runs/my-run/run.json").touch()
+    with pytest.raises(script.FlagError, match=r"--resume my-rnu: .* For example: --resume my-run$"):
+        script.train(script.Args(**TINY, resume="my-rnu"))
+    with pytest.raises(script.FlagError, match=r"--resume \(empty\): must name a run"):
+        script.train(script.Args(**TINY, resume=""))
 
 
 def test_a_directory_that_cannot_be_written(script):
