@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-TINY = dict(img_size=16, channels=(4,), hiddens=(16,), local_num_envs=4, num_actor_threads=1, num_steps=8,
+TINY = dict(img_size=16, channels=(4,), local_num_envs=4, num_actor_threads=1, num_steps=8,
             num_minibatches=1, log_frequency=1, checkpoint_frequency=2, total_timesteps=4 * 32)  # fmt: skip
 LONGER = dict(total_timesteps=6 * 32)
 FLAGS = [*conftest.SMALL, "--num-actor-threads", "2", "--log-frequency", "1", "--total-timesteps", "8192"]
@@ -60,33 +60,37 @@ def whole():
 
 @pytest.mark.parametrize("default", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_resumed_run_has_the_same_bits(script, monkeypatch, default):
-    """Cut between checkpoints and moved to two other devices: the bits, the games and the log of one run.
+    """Cut between checkpoints, then moved to two other devices.
 
     In the script's own mode, synchronous or concurrent; in the other one in the slow suite.
     """
-    flags = dict(env_id="Asterix-v5", num_steps=32, total_timesteps=4 * 128)
-    flags |= dict(concurrency=script.Args.concurrency == default)
+    flags = dict(concurrency=script.Args.concurrency == default)
     whole = script.train(script.Args(**TINY | flags))
     train_until(script, monkeypatch, 3, **flags)
     resumed = resume(script, **flags, learner_device_ids=(2, 3), actor_device_ids=(1,))
-    for name in ("params_sha256", "global_step", "episodes", "mean_score"):
-        assert resumed[name] == whole[name]
+    assert resumed["params_sha256"] == whole["params_sha256"]
     assert (whole["resumed_at"], resumed["resumed_at"]) == ([], [2])
-    logs = [EventAccumulator(f"runs/{run['run_name']}").Reload() for run in (whole, resumed)]
-    names = [name for name in logs[0].Tags()["scalars"] if name.startswith(("losses/", "charts/avg", "charts/learn"))]
-    for name in names:
-        whole_curve, curve = ([(event.step, event.value) for event in log.Scalars(name)] for log in logs)
-        assert curve == whole_curve, name
-    assert [event.step for event in logs[1].Scalars("charts/SPS")] == [128, 256, 384, 512]
 
 
-def test_a_checkpoint_brings_new_games(script, monkeypatch, counting_pool):
-    """The seeds of an actor's pools are of one generation after the other."""
+def test_a_resumed_run_has_the_same_scores_log_and_seeds(script, monkeypatch, counting_pool):
     seeds = []
     monkeypatch.setattr(script, "make_env", lambda args, own, threads: (seeds.append(own), counting_pool(4))[1])
     monkeypatch.setattr(script, "env_spec", lambda args: ((4, 8, 8), 4))
-    script.train(script.Args(**TINY | dict(total_timesteps=5 * 32)))
-    assert seeds == [script.env_seeds(1, generation, 0, 4) for generation in range(3)]
+    whole = script.train(script.Args(**TINY))
+    train_until(script, monkeypatch, 3)
+    resumed = resume(script)
+    assert resumed["mean_score"]
+    for name in ("params_sha256", "global_step", "episodes", "mean_score", "std_score"):
+        assert resumed[name] == whole[name]
+    first, second = (script.env_seeds(1, generation, 0, 4) for generation in range(2))
+    assert seeds == [first, second, first, second, second]  # every checkpoint brings new games
+    logs = [EventAccumulator(f"runs/{run['run_name']}").Reload() for run in (whole, resumed)]
+    names = [name for name in logs[0].Tags()["scalars"] if name.startswith(("losses/", "charts/avg", "charts/learn"))]
+    assert len(names) >= 10
+    for name in names:
+        whole_curve, curve = ([(event.step, event.value) for event in log.Scalars(name)] for log in logs)
+        assert curve == whole_curve, name
+    assert [event.step for event in logs[1].Scalars("charts/SPS")] == [32, 64, 96, 128]  # none twice
 
 
 def test_a_finished_run_can_be_resumed(script, monkeypatch):

@@ -1,0 +1,79 @@
+"""benchmark/ablations.py: its game, its patches and its interval."""
+
+import math
+
+import conftest
+import numpy as np
+import pytest
+
+ablations = conftest.load("benchmark/ablations")
+
+
+def play(pool, actions):
+    """(rewards, terminated, truncated) of environment 0, step by step."""
+    steps = [pool.step(np.full(len(pool.env), action))[1:4] for action in actions]
+    return [[row[i][0].item() for row in steps] for i in range(3)]
+
+
+def place(pool, column, paddle):
+    pool.reset()
+    pool.column[:], pool.paddle[:] = column, paddle
+
+
+def test_a_caught_and_a_missed_block():
+    """Three rows are two moves; the step after the end only resets."""
+    pool = ablations.Catch([1], height=3)
+    place(pool, 5, 3)
+    assert play(pool, [2, 2, 0]) == [[0, 1, 0], [False, True, False], [False] * 3]
+    place(pool, 5, 3)
+    assert play(pool, [2, 1])[0] == [0, 0]
+    assert pool.scores == [1, 0]
+
+
+def test_a_point_that_comes_late():
+    """Nothing moves while it is awaited."""
+    pool = ablations.Catch([1], height=3, delay=3)
+    place(pool, 5, 3)
+    assert play(pool, [2, 2, 0, 0, 0]) == [[0, 0, 0, 0, 1], [False] * 4 + [True], [False] * 5]
+
+
+def test_a_time_limit_and_a_door():
+    pool = ablations.Catch([1], height=3, limit=5)
+    place(pool, 5, 5)
+    rewards, terminated, truncated = play(pool, [1] * 5)
+    assert rewards[1] == 1  # and a new block falls
+    assert (terminated, truncated) == ([False] * 5, [False] * 4 + [True])
+    place(pool, 5, 1)
+    pool.over[:] = False
+    assert play(pool, [0, 0])[:2] == [[0, ablations.DOOR], [False, True]]
+
+
+@pytest.mark.parametrize("options", [{}, {"height": 3}, {"delay": 3}])
+def test_every_block_can_be_caught(options):
+    pool, points, ends = ablations.Catch(list(range(32)), **options), 0, 0
+    pool.reset()
+    for _ in range(100):
+        _, reward, terminated, _, _ = pool.step(1 + np.sign(pool.column - pool.paddle))
+        points, ends = points + reward.sum(), ends + terminated.sum()
+    assert points == ends > 100
+
+
+@pytest.mark.parametrize("ablation", [a for a in ablations.ABLATIONS if a.patches], ids=lambda a: a.variant[:20])
+def test_a_patch_takes_the_fix_out(script, ablation):
+    """The unpatched script has the text, and the patched one is whole."""
+    path = conftest.ROOT / f"{script.__name__}.py"
+    text = path.read_text()
+    assert any(old in text for old in ablation.patches)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ablations.sys.modules, path.stem, script)
+        assert callable(ablations.load(path, ablation.patches).train)
+        with pytest.raises(ValueError, match="has none of: nowhere"):
+            ablations.load(path, {"nowhere": ""})
+
+
+def test_the_interval_by_hand():
+    """Differences 1, 2, 3: mean 2, deviation 1, t(0.975, 2) = 4.3027."""
+    mean, low, high = ablations.interval(np.array([2.0, 4.0, 6.0]), np.array([1.0, 2.0, 3.0]))
+    assert mean == 2
+    assert high - mean == pytest.approx(mean - low) == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
+    assert math.isnan(ablations.interval(np.array([1.0]), np.array([0.0]))[1])
