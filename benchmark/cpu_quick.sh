@@ -4,7 +4,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 export NPROC=2 # the same bits on a machine with more cores
+# No checkpoints: they would cut games that have only begun to be long.
 uv run benchmark/run.py --exp-name cpu_quick --env-ids Breakout-v5 RoadRunner-v5 --seeds 1 2 \
     --command "uv run cleanba_ppo_envpool.py --img-size 42 --channels 8 16 16 --local-num-envs 8 --num-steps 64 \
-        --update-epochs 3 --learning-rate 7e-4 --total-timesteps 49152 --checkpoint-frequency 24"
+        --update-epochs 3 --learning-rate 7e-4 --total-timesteps 49152 --log-frequency 4"
 uv run benchmark/plot.py "runs/*__cpu_quick__*" --out plots/cpu_quick
