@@ -1051,6 +1051,8 @@ def open_run(args: Args, record: dict[str, Any]):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of a process that is killed, the system lets it go
         except BlockingIOError:
             require(False, args, "resume", "another process has this run", f"{args.resume}-2 --start-fresh")
+        except OSError:
+            pass  # a file system without locks
         for leftover in checkpoints.glob("*.orbax-checkpoint-tmp"):  # of one that was killed while it wrote
             shutil.rmtree(leftover)
         yield directory
