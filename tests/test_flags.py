@@ -59,6 +59,7 @@ def test_bad_flag(script, line, monkeypatch, capsys):
     message = capsys.readouterr().err.strip()
     flag, *value = line.split(" --")[0].split()
     shown = " ".join(str(FLOATS.get(flag[2:], str)(v)) for v in value) or "(empty)"
+    shown = "(not given)" if shown == "None" else shown
     assert message.startswith(f"error: {flag} {shown}: ")
     assert "\n" not in message
     # the value that works, works
