@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import conftest
 import pytest
@@ -46,10 +47,17 @@ class Group:
         return [results[peers.rank] for peers in chosen]
 
     def close(self):
+        """End all threads. First all leave: one that did not would take another's going for a failure."""
         for peers in self.peers:
             peers.leaving.set()
+        for peers in self.peers:
             for wire in peers.wires.values():
-                wire.close()
+                with suppress(OSError):  # hung up already
+                    conftest.hang_up(wire)
+        for peers in self.peers:
+            for listener in peers.listeners:
+                listener.join(5)
+                assert not listener.is_alive()
 
 
 @pytest.fixture
