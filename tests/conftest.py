@@ -38,6 +38,11 @@ def load(name: str):
     return sys.modules[name]
 
 
+# for tests that start processes, or of what is the same bytes in all scripts: by default one script is enough
+ONE_FAST = [name if i == 0 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(SCRIPTS)]
+one_fast = pytest.mark.parametrize("script", ONE_FAST, indirect=True)
+
+
 @pytest.fixture(params=SCRIPTS)
 def script(request):
     return load(request.param)

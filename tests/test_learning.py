@@ -2,6 +2,7 @@
 
 import time
 
+import conftest
 import numpy as np
 import pytest
 
@@ -64,6 +65,11 @@ def play(script, monkeypatch, **flags):
     return script.train(script.Args(**FLAGS, **{**TUNED[script.__name__], **flags}))["mean_score"]
 
 
+# the third script differs from the first in what this game has not: the Atari protocol
+THIRD = pytest.param("cleanba_ppo_envpool_impala_atari_wrapper", marks=pytest.mark.slow)
+BOTH_ALGORITHMS = pytest.mark.parametrize("script", [*conftest.SCRIPTS[:2], THIRD], indirect=True)
+
+
 def test_it_learns(script, monkeypatch):
     start = time.monotonic()
     assert play(script, monkeypatch) >= 0.9
@@ -76,6 +82,7 @@ def test_it_learns_with_any_seed(script, monkeypatch, seed):
     assert play(script, monkeypatch, seed=seed) >= 0.9
 
 
+@BOTH_ALGORITHMS
 def test_it_does_not_learn_from_the_reward_before(script, monkeypatch):
     """Each action paired with the reward that arrived before it, as the published IMPALA had it."""
     step = script.Envs.step
@@ -89,6 +96,7 @@ def test_it_does_not_learn_from_the_reward_before(script, monkeypatch):
     assert play(script, monkeypatch) < 0.5
 
 
+@BOTH_ALGORITHMS
 def test_it_does_not_learn_with_the_sign_flipped(script, monkeypatch):
     """Good actions become less likely: the loss has its policy term, and only that, the other way round."""
     name = "ppo_loss" if hasattr(script, "ppo_loss") else "impala_loss"

@@ -12,8 +12,6 @@ from contextlib import suppress
 import conftest
 import pytest
 
-# of tests that start many processes the default suite runs one; what they test is the same bytes in all scripts
-ONE_FAST = [name if i == 0 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(conftest.SCRIPTS)]
 ENDLESS = [*conftest.SMALL, "--num-actor-threads", "1", "--log-frequency", "1", "--peer-timeout", "20"]
 
 
@@ -185,6 +183,7 @@ def test_a_silent_process_is_named_and_a_beating_one_is_not(script, group):
     assert [str(error) for error in errors] == ["process 1 has been silent for 1 s"] * 2
 
 
+@conftest.one_fast
 def test_two_processes_are_one_run(script, launcher):
     """Same bits, same scores as two threads of one process; process 0 alone writes."""
     flags = [*conftest.SMALL, "--total-timesteps", "512"]
@@ -214,6 +213,7 @@ def test_partitions(script, launcher, mode):
         assert (summary["episodes"], summary["mean_score"]) == (alone["episodes"], alone["mean_score"])
 
 
+@conftest.one_fast
 def test_a_wrong_seed_ends_all(script, launcher):
     start = time.monotonic()
     for process in launcher.start_processes(script, *conftest.SMALL, differing={1: ["--seed", "2"]}):
@@ -230,7 +230,7 @@ def wait_for_update(process):
     raise AssertionError(process.stderr.read())
 
 
-@pytest.mark.parametrize("script", ONE_FAST, indirect=True)
+@conftest.one_fast
 def test_kill_9_of_one_ends_the_other(script, launcher):
     survivor, victim = launcher.start_processes(script, *ENDLESS)
     wait_for_update(survivor)

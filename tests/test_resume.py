@@ -25,7 +25,6 @@ FLAGS = [*conftest.SMALL, "--num-actor-threads", "2", "--log-frequency", "1", "-
 FLAGS += ["--checkpoint-frequency", "4"]
 IT = ["--resume", "it", "--start-fresh"]  # starts, then goes on
 MODES = ["--no-concurrency", "--concurrency"]
-ONE_FAST = [name if i == 0 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(conftest.SCRIPTS)]
 
 
 class PowerCut(Exception):
@@ -178,7 +177,7 @@ def test_a_directory_that_cannot_be_written(script):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "removed"])
-@pytest.mark.parametrize("script", ONE_FAST, indirect=True)
+@conftest.one_fast
 def test_a_damaged_checkpoint(script, whole, monkeypatch, capfd, damage):
     """The one before is taken, and the damaged one written again."""
     train_until(script, monkeypatch, 5, **LONGER)
@@ -227,7 +226,7 @@ def kill_after(process, update, delay=0.0):
     return False
 
 
-@pytest.mark.parametrize("script", ONE_FAST, indirect=True)
+@conftest.one_fast
 def test_kill_9(script, launcher):
     """A real process, killed at a random moment."""
     flags = [*FLAGS, "--total-timesteps", "1536", "--checkpoint-frequency", "2"]
@@ -286,7 +285,7 @@ script.train(script.Args(**{flags!r}))
 """
 
 
-@pytest.mark.parametrize("script", ONE_FAST, indirect=True)
+@conftest.one_fast
 def test_kill_9_while_a_checkpoint_is_written(script, whole, tmp_path):
     flags = TINY | LONGER | dict(resume="it", start_fresh=True)
     code = KILLED_WRITING.format(tests=str(conftest.ROOT / "tests"), name=script.__name__, flags=flags)
@@ -320,7 +319,7 @@ def small_disk(path, size):
 
 
 @pytest.mark.parametrize("seen", ["before", "while"])
-@pytest.mark.parametrize("script", ONE_FAST, indirect=True)
+@conftest.one_fast
 def test_a_full_disk(script, whole, tmp_path, monkeypatch, seen):
     """The run ends with an error that says so; with room again, its last whole checkpoint is resumed."""
     save = script.Checkpoints.save
