@@ -10,7 +10,6 @@ import threading
 from dataclasses import asdict, replace
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,9 +24,7 @@ import yaml
 from flax.training.train_state import TrainState
 from huggingface_hub import constants
 
-spec = spec_from_file_location("evaluate", conftest.ROOT / "benchmark" / "evaluate.py")
-evaluate = sys.modules["evaluate"] = module_from_spec(spec)
-spec.loader.exec_module(evaluate)
+evaluate = conftest.load("benchmark/evaluate")
 
 TINY = dict(env_id="Berzerk-v5", seed=3, img_size=16, channels=(4,), hiddens=(16,))
 IMPALA, PPO, WRAPPER = conftest.SCRIPTS

@@ -4,9 +4,9 @@ import json
 import math
 import struct
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,11 +15,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 pytest.importorskip("rliable", reason="rliable cannot be installed with this Python")
-ROOT = Path(__file__).parent.parent
-spec = spec_from_file_location("plot", ROOT / "benchmark" / "plot.py")
-plot = module_from_spec(spec)
-sys.modules["plot"] = plot
-spec.loader.exec_module(plot)
+plot = conftest.load("benchmark/plot")
 
 
 def write_run(logs, *, game="Pong-v5", exp="ppo", seed=1, name=None, purge_step=None, impala=False, **summary):
@@ -236,7 +232,7 @@ def test_the_same_seed_twice_is_one_sample():
 
 
 def test_pictures_grow_with_the_games():
-    games = sorted(pd.read_csv(ROOT / "benchmark" / "atari57_reference.csv").env_id)
+    games = sorted(pd.read_csv(conftest.ROOT / "benchmark" / "atari57_reference.csv").env_id)
     for game in games[:5]:
         finished([(500, 5.0, 1.0, 1), (1000, 10.0, 2.0, 1)], 2.0, game=game)
     for pattern, size in [(f"runs/{games[0]}*", (780, 600)), ("runs", (1224, 720))]:

@@ -1,6 +1,5 @@
 """The throughput tool: what it times, how it combines times, and what it prints."""
 
-import importlib.util
 import json
 import statistics
 import subprocess
@@ -11,10 +10,7 @@ import conftest
 import flax.linen as nn
 import pytest
 
-spec = importlib.util.spec_from_file_location("throughput", conftest.ROOT / "benchmark" / "throughput.py")
-throughput = importlib.util.module_from_spec(spec)
-sys.modules["throughput"] = throughput  # a dataclass looks its module up
-spec.loader.exec_module(throughput)
+throughput = conftest.load("benchmark/throughput")
 
 TINY = ["--img-size", "16", "--local-num-envs", "4", "--num-steps", "8"]
 TINY += ["--num-minibatches", "2", "--gradient-accumulation-steps", "1", "--env-threads", "1"]
