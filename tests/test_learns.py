@@ -1,0 +1,91 @@
+"""benchmark/learns.py: which runs have learned, and what a random policy is."""
+
+import sys
+
+import conftest
+import numpy as np
+import pytest
+
+pytest.importorskip("rliable", reason="rliable cannot be installed with this Python")
+from test_plot import write_run
+
+learns = conftest.load("benchmark/learns")
+
+
+def play(monkeypatch, *flags, chance=4.0):
+    """The command line, with `chance` as the score of every game that the random policy plays."""
+    monkeypatch.setattr(learns, "random_scores", lambda script, args, games: [chance] * games)
+    monkeypatch.setattr(sys, "argv", ["learns.py", str(conftest.ROOT / "cleanba_ppo_envpool.py"), *flags])
+    learns.main()
+
+
+def run_of(scores, games=50, status="finished", **run):
+    """A run of 1,000 steps with one log for each score."""
+    part = 1000 // len(scores)
+    logs = [(part * (i + 1), i + 1, score, games) for i, score in enumerate(scores)]
+    path = write_run(logs, **run, status=status, mean_score=scores[-1])
+    (path / "run.json").write_text((path / "run.json").read_text().replace('"args": {', '"args": {"img_size": 42, '))
+    return path
+
+
+def test_a_run_that_learned(monkeypatch, capsys):
+    run_of([4, 6, 8, 12])
+    play(monkeypatch, "runs")
+    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].split("|")[2:-1]]
+    assert cells == ["1000", "0.1", "4.0", "4.0", "6.0", "8.0", "12.0", "12.0", "3 x", "yes"]
+
+
+@pytest.mark.parametrize(
+    ("scores", "run"),
+    [
+        ([4, 6, 8, 11], {}),  # less than three times the random score
+        ([4, 6, 13, 12], {}),  # no longer rising
+        ([4, 6, 8, 12], dict(games=12)),  # 48 games in all
+        ([4, 6, 8, 12], dict(status="interrupted")),
+    ],
+)
+def test_a_run_that_did_not(monkeypatch, capsys, scores, run):
+    run_of([4, 6, 8, 12])
+    run_of(scores, seed=2, **run)
+    with pytest.raises(SystemExit, match="1 of 2 runs have not learned"):
+        play(monkeypatch, "runs")
+    last = [line.split("|")[-2].strip() for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert last == ["yes", "no"]
+
+
+def test_the_last_games_count_not_the_last_quarter(monkeypatch, capsys):
+    """Of 100 games in the last quarter only the later 50 do."""
+    run_of([4, 4, 6, 6, 8, 8, 9, 12])
+    play(monkeypatch, "runs")
+    assert capsys.readouterr().out.splitlines()[-1].split("|")[-5:-2] == [" 10.5 ", " 12.0 ", " 3 x "]
+
+
+def test_no_multiple_of_nothing(monkeypatch, capsys):
+    run_of([4, 6, 8, 12], game="Freeway-v5")
+    with pytest.raises(SystemExit):
+        play(monkeypatch, "runs", chance=0.0)
+    assert "chance scores 0 in Freeway-v5" in capsys.readouterr().err
+
+
+def test_a_random_policy_plays_whole_games_with_all_actions(script, monkeypatch):
+    """Games of 3 steps whose score is the sum of their actions, and a reset step between them."""
+    played = []
+
+    class Pool:
+        def reset(self):
+            self.over, self.age = np.zeros(16, bool), 0
+            return np.zeros((16, 4, 8, 8), np.uint8), {}
+
+        def step(self, action):
+            played.append(action)
+            points, self.age = action * ~self.over, (self.age + 1) % 4
+            self.over = np.full(16, self.age == 3)
+            info = {"reward": points, "terminated": self.over.astype(np.int32)}
+            return np.zeros((16, 4, 8, 8), np.uint8), np.sign(points), self.over, np.zeros(16, bool), info
+
+    monkeypatch.setattr(script, "make_env", lambda args, seeds, num_threads: len(set(seeds)) == 16 and Pool())
+    scores = learns.random_scores(script, script.Args(env_id="RoadRunner-v5"), 40)
+    actions = np.stack(played)
+    assert actions.shape == (11, 16)  # three games of 16 environments
+    assert scores == np.stack([actions[i : i + 3].sum(0) for i in (0, 4, 8)]).ravel()[:40].tolist()
+    assert set(actions.ravel()) == set(range(18))
