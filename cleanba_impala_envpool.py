@@ -35,7 +35,7 @@ To change the environment edit section 2, the network section 3, the loss or a m
 Departures from the published code, each explained in README.md: (1) the row that an auto-reset wastes teaches nothing,
 (2) a time limit is bootstrapped, (3) an action is paired with the reward it earned, and the loss is summed over the
 whole minibatch on any number of devices, (4) no two environments share a seed and no two actors a key, (5) gradients
-are added up in one fixed order, so devices do not change the result.
+are added up in one fixed order, so devices do not change the result, (6) the optimizer's first steps are small.
 """
 
 import base64
@@ -646,7 +646,9 @@ def make_optimizer(args: Args, sizes: Sizes) -> tuple[optax.GradientTransformati
 
     learning_rate = lambda u: args.learning_rate * (1 - (u - 1) / sizes.updates if args.anneal_lr else 1)
     rate = lambda count: learning_rate(1 + count // args.num_minibatches)
-    rmsprop = optax.rmsprop(rate, decay=0.99, eps=0.01, eps_in_sqrt=False)  # as PyTorch's
+    # The mean squares start at 1, as in the TensorFlow of Espeholt et al. From 0, as PyTorch has them, the first step
+    # would move every weight by ten learning rates, and silence many of the hidden units.
+    rmsprop = optax.rmsprop(rate, decay=0.99, eps=0.01, initial_scale=1.0, eps_in_sqrt=False)
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), rmsprop), learning_rate
 
 

@@ -124,7 +124,7 @@ ABLATIONS = [
     ),
 ]  # fmt: skip
 FLAGS = dict(img_size=SIZE, channels=(16,), hiddens=(64,), local_num_envs=16, num_actor_threads=2, num_steps=32)
-TUNED = {True: dict(learning_rate=2e-3), False: dict(learning_rate=4e-3)}  # PPO; IMPALA
+TUNED = {True: dict(learning_rate=2e-3), False: dict(learning_rate=2e-2)}  # PPO; IMPALA
 
 
 def load(path: Path, patches: dict[str, str]) -> ModuleType:

@@ -27,6 +27,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("cleanba_*.py"))
 SMALL = ["--img-size", "42", "--channels", "4", "8", "8", "--local-num-envs", "8", "--num-steps", "16"]
+sys.path.append(str(ROOT / "benchmark"))  # where its tools import one another
 
 
 def load(name: str):

@@ -141,12 +141,12 @@ def test_the_learner_sums_over_the_whole_minibatch(script):
     assert metrics["rho_max"] == pytest.approx(float(sums["rho_max"]), rel=1e-6)
 
 
-def test_optimizer_is_rmsprop_as_pytorch_has_it(script):
-    """square <- 0.99 square + 0.01 g^2; step = rate * g / (sqrt(square) + 0.01)."""
+def test_optimizer_is_rmsprop_whose_squares_start_at_one(script):
+    """square <- 0.99 square + 0.01 g^2, from 1; step = rate * g / (sqrt(square) + 0.01)."""
     args = script.Args(anneal_lr=False, max_grad_norm=1e9)
     optimizer, _ = script.make_optimizer(args, script.check_args(args))
     params = {"w": np.array([1.0, -2.0], np.float32)}
-    state, square = optimizer.init(params), np.zeros(2)
+    state, square = optimizer.init(params), np.ones(2)
     for g in ([0.1, 3.0], [-0.2, 0.0], [5.0, 0.5]):
         g = np.array(g, np.float32)
         updates, state = optimizer.update({"w": g}, state, params)

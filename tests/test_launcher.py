@@ -345,7 +345,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import tyro
 
 def check(program, flags, tasks, gpus):
-    if program == "benchmark/plot" and not importlib.util.find_spec("rliable"):
+    if program in ("benchmark/plot", "benchmark/learns") and not importlib.util.find_spec("rliable"):
         return  # cannot be installed with this Python
     module = conftest.load(program)
     if program.startswith("benchmark/"):

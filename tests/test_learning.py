@@ -54,7 +54,7 @@ FLAGS = dict(
 TUNED = {
     "cleanba_ppo_envpool": dict(learning_rate=2e-3, total_timesteps=45_000),
     "cleanba_ppo_envpool_impala_atari_wrapper": dict(learning_rate=2e-3, total_timesteps=45_000),
-    "cleanba_impala_envpool": dict(learning_rate=4e-3, total_timesteps=100_000),
+    "cleanba_impala_envpool": dict(learning_rate=2e-2, total_timesteps=100_000),
 }
 
 
