@@ -1,6 +1,6 @@
 """Did it learn? The games of finished runs against those of a random policy.
 
-    uv run benchmark/learns.py cleanba_ppo_envpool.py 'runs/RoadRunner-v5__*'
+    uv run benchmark/learns.py cleanba_ppo_envpool.py 'runs/KungFuMaster-v5__*'
 
 The random policy plays in the script's own environments, with the flags of the runs. A run has learned if the mean
 score of its last 50 games is at least three times the random policy's and it was still rising: the games that ended
