@@ -40,16 +40,11 @@ def random_scores(script: ModuleType, args: Any, games: int) -> list[float]:
     return scores[:games]
 
 
-def quarter(run: Run, number: int) -> float:
-    """Mean score of the games that ended in a quarter of the run's steps, 0 to 3; NaN if there are none."""
-    quarters = np.ceil(4 * run.x["steps"] / run.end["steps"]) - 1
-    own = quarters == number
-    return float(np.average(run.value[own], weights=run.games[own])) if own.any() else np.nan
-
-
-def has_learned(run: Run, random: float) -> bool:
-    high = last_score(run.value, run.games, LAST) >= FACTOR * random
-    return run.finished and run.games.sum() >= LAST and high and quarter(run, 3) > quarter(run, 2)
+def quarters(run: Run) -> list[float]:
+    """Mean scores of the games that ended in each quarter of the run's steps; NaN where there are none."""
+    number = np.ceil(4 * run.x["steps"] / run.end["steps"])
+    own = [number == i for i in range(1, 5)]
+    return [float(np.average(run.value[o], weights=run.games[o])) if o.any() else np.nan for o in own]
 
 
 def main() -> None:
@@ -66,15 +61,14 @@ def main() -> None:
             randoms[game] = float(np.mean(random_scores(script, args, options.games)))
             if randoms[game] <= 0:
                 stop(f"RUNS {path}: chance scores {randoms[game]:g} in {game[0]}, of which no multiple says anything")
-        last, learned = last_score(run.value, run.games, LAST), has_learned(run, randoms[game])
+        scores, last = quarters(run), last_score(run.value, run.games, LAST)
+        ratio = last / randoms[game]
+        learned = run.finished and run.games.sum() >= LAST and ratio >= FACTOR and scores[3] > scores[2]
         failed += not learned
-        numbers = [60 * run.end["hours"], randoms[game], *(quarter(run, number) for number in range(4)), last]
-        cells = [f"{number:.1f}" for number in numbers]
-        rows.append(
-            [path.name, f"{run.end['steps']}", *cells, f"{last / randoms[game]:.0f} x", "yes" if learned else "no"]
-        )
-    quarters = ["first quarter", "second", "third", "fourth"]
-    header = ["run", "steps", "minutes", "random", *quarters, f"last {LAST} games", "last / random", "learned"]
+        cells = [f"{number:.1f}" for number in (60 * run.end["hours"], randoms[game], *scores, last)]
+        rows.append([path.name, f"{run.end['steps']}", *cells, f"{ratio:.0f} x", "yes" if learned else "no"])
+    parts = ["first quarter", "second", "third", "fourth"]
+    header = ["run", "steps", "minutes", "random", *parts, f"last {LAST} games", "last / random", "learned"]
     print(markdown(header, rows))
     if failed:
         sys.exit(f"{failed} of {len(rows)} runs have not learned: {FACTOR} times the random score, and still rising.")

@@ -6,47 +6,8 @@ import conftest
 import numpy as np
 import pytest
 
-SIZE = 8  # of the board, and of the observation
-
-
-class CatchPool:
-    """Stands in for an EnvPool pool. A block falls from a random column; a paddle moves left, stays or moves right.
-
-    Catching it scores 1, missing 0; either ends the episode. Columns of the last rows differ from where the paddle
-    starts, so a random policy catches one block in five or six.
-    """
-
-    def __init__(self, seeds: list[int]):
-        self.generators = [np.random.default_rng(seed % 2**32) for seed in seeds]
-        self.env = np.arange(len(seeds))
-
-    def start(self, which):
-        for i in np.flatnonzero(which):
-            self.column[i], self.paddle[i], self.row[i] = (*self.generators[i].integers(0, SIZE, 2), 0)
-
-    def observe(self):
-        obs = np.zeros((len(self.env), 4, SIZE, SIZE), np.uint8)
-        obs[self.env, 3, self.row, self.column] = 255
-        obs[self.env, 3, SIZE - 1, self.paddle] = 255
-        return obs
-
-    def reset(self):
-        self.column, self.paddle, self.row = np.zeros((3, len(self.env)), int)
-        self.over = np.zeros(len(self.env), bool)
-        self.start(~self.over)
-        return self.observe(), {}
-
-    def step(self, action):
-        wasted = self.over
-        self.paddle = np.where(wasted, self.paddle, np.clip(self.paddle + action - 1, 0, SIZE - 1))
-        self.row = np.where(wasted, self.row, self.row + 1)
-        self.over = ~wasted & (self.row == SIZE - 1)
-        reward = (self.over & (self.paddle == self.column)).astype(np.float32)
-        self.start(wasted)
-        info = {"reward": reward, "terminated": self.over.astype(np.int32)}
-        return self.observe(), reward, self.over, np.zeros_like(self.over), info
-
-
+ablations = conftest.load("benchmark/ablations")
+SIZE = ablations.SIZE
 FLAGS = dict(
     img_size=SIZE, channels=(16,), hiddens=(64,), local_num_envs=16, num_actor_threads=2, num_steps=32,
     log_frequency=10**6,
@@ -61,7 +22,7 @@ TUNED = {
 def play(script, monkeypatch, **flags):
     """Mean score of the last 100 games of a run on the tiny game."""
     monkeypatch.setattr(script, "env_spec", lambda args: ((4, SIZE, SIZE), 3))
-    monkeypatch.setattr(script, "make_env", lambda args, seeds, num_threads: CatchPool(seeds))
+    monkeypatch.setattr(script, "make_env", lambda args, seeds, num_threads: ablations.Catch(seeds))
     return script.train(script.Args(**FLAGS, **{**TUNED[script.__name__], **flags}))["mean_score"]
 
 
@@ -112,7 +73,7 @@ def test_it_does_not_learn_with_the_sign_flipped(script, monkeypatch):
 
 def test_the_game_can_be_lost_and_won():
     """A random policy stays far below 0.9, a perfect one catches what can be reached: every block."""
-    pool, rng = CatchPool(list(range(64))), np.random.default_rng(0)
+    pool, rng = ablations.Catch(list(range(64))), np.random.default_rng(0)
     pool.reset()
     scores = {"random": [], "perfect": []}
     for name in scores:
