@@ -132,8 +132,8 @@ class Args:
 
 
 CPU_FLAGS = (  # what a laptop learns from in minutes
-    "--env-id UpNDown-v5 --img-size 42 --channels 8 16 16 --local-num-envs 8 "
-    "--learning-rate 2.4e-3 --total-timesteps 163840 --log-frequency 12"
+    "--env-id KungFuMaster-v5 --img-size 42 --channels 8 16 16 --local-num-envs 8 "
+    "--learning-rate 5e-3 --ent-coef 0.001 --total-timesteps 163840 --log-frequency 12"
 )
 
 

@@ -139,7 +139,7 @@ class Args:
 
 CPU_FLAGS = (  # what a laptop learns from in minutes
     "--env-id KungFuMaster-v5 --img-size 42 --channels 8 16 16 --local-num-envs 16 --num-steps 64 --update-epochs 3 "
-    "--learning-rate 7e-4 --total-timesteps 98304 --log-frequency 4"
+    "--learning-rate 5e-4 --total-timesteps 131072 --log-frequency 4"
 )
 
 
