@@ -34,13 +34,14 @@ class Catch:
     Catching it scores 1, missing 0; either ends the episode. Every block can be caught; chance catches one in five or
     six.
 
-    height: rows that the block falls through. delay: steps from the landing to its point, in which nothing moves.
+    height: rows that the block falls through. delay: steps from the landing to its point, and wait: from there to the
+    end, in which nothing moves.
     limit: with it a new block comes instead of the end, and the episode is cut after so many steps. There is then a
     door too: moving left from the leftmost column ends the episode and scores DOOR.
     """
 
-    def __init__(self, seeds: list[int], height: int = SIZE, delay: int = 0, limit: int = 0):
-        self.height, self.delay, self.limit = height, delay, limit
+    def __init__(self, seeds: list[int], height: int = SIZE, delay: int = 0, wait: int = 0, limit: int = 0):
+        self.height, self.delay, self.wait, self.limit = height, delay, wait, limit
         self.generators = [np.random.default_rng(seed % 2**32) for seed in seeds]
         self.env = np.arange(len(seeds))
         self.score, self.scores = np.zeros(len(seeds)), []  # of whole games
@@ -75,8 +76,9 @@ class Catch:
         self.waited = np.where(wasted | falls, self.waited, self.waited + 1)
         self.age = self.age + ~wasted
         landed = ~wasted & (self.row == SIZE - 1) & (self.waited == self.delay)
+        ends = ~wasted & (self.row == SIZE - 1) & (self.waited == self.delay + self.wait)
         reward = np.where(leaves, DOOR, landed & (self.paddle == self.column)).astype(np.float32)
-        terminated = leaves if self.limit else landed
+        terminated = leaves if self.limit else ends
         truncated = ~terminated & ~wasted & (self.limit > 0) & (self.age == self.limit)
         self.over = terminated | truncated
         self.score += reward
@@ -94,6 +96,11 @@ STEP = "        return reward, terminated\n"
 LATE = (
     '        late, self.late = getattr(self, "late", np.zeros_like(reward)), reward\n        return late, terminated\n'
 )
+ALL_LATE = """\
+        nothing = np.zeros_like(reward), np.zeros_like(terminated), np.zeros_like(self.reset)
+        (reward, terminated, self.reset), self.late = getattr(self, "late", nothing), (reward, terminated, self.reset)
+        return reward, terminated
+"""
 UNMASKED = {  # texts that only one of the algorithms has
     "keep = lambda x: jnp.where(rollout.reset[:-1], 0.0, x)": "keep = lambda x: x",
     "weight = 1.0 - rollout.reset[:-1]": "weight = jnp.ones_like(rollout.reward)",
@@ -114,6 +121,8 @@ ABLATIONS = [
     Ablation("reset rows are masked", "every third row is a reset row", dict(height=3), UNMASKED),
     Ablation("rewards are aligned", "the point comes at the end", {}, {STEP: LATE}),
     Ablation("rewards are aligned", "the point comes 3 steps after the landing", dict(delay=3), {STEP: LATE}),
+    Ablation("rewards are aligned", "the point comes 3 steps before the end", dict(wait=3), {STEP: LATE}),
+    Ablation("rewards, ends and reset rows are aligned", "the point comes at the end", {}, {STEP: ALL_LATE}),
     Ablation(
         "time limits are bootstrapped", "a limit of 16 steps and a door; played without the limit",
         dict(limit=16), {STEP: "        return reward, terminated | truncated\n"},

@@ -37,6 +37,12 @@ def test_a_point_that_comes_late():
     assert play(pool, [2, 2, 0, 0, 0]) == [[0, 0, 0, 0, 1], [False] * 4 + [True], [False] * 5]
 
 
+def test_a_point_before_the_end():
+    pool = ablations.Catch([1], height=3, wait=2)
+    place(pool, 5, 3)
+    assert play(pool, [2, 2, 0, 0]) == [[0, 1, 0, 0], [False] * 3 + [True], [False] * 4]
+
+
 def test_a_time_limit_and_a_door():
     pool = ablations.Catch([1], height=3, limit=5)
     place(pool, 5, 5)
@@ -48,7 +54,7 @@ def test_a_time_limit_and_a_door():
     assert play(pool, [0, 0])[:2] == [[0, ablations.DOOR], [False, True]]
 
 
-@pytest.mark.parametrize("options", [{}, {"height": 3}, {"delay": 3}])
+@pytest.mark.parametrize("options", [{}, {"height": 3}, {"delay": 3}, {"wait": 3}])
 def test_every_block_can_be_caught(options):
     pool, points, ends = ablations.Catch(list(range(32)), **options), 0, 0
     pool.reset()
