@@ -25,14 +25,13 @@ from scipy import stats
 from tqdm import tqdm
 
 SIZE = 8  # of the board, and of the observation
-DOOR = 1.5  # points for leaving: less than even chance scores in 100 steps, more than a player until a limit of 16
+DOOR = 1.5  # points for leaving: less than chance scores in 100 steps, more than a good player on average in 16
 
 
 class Catch:
     """Stands in for an EnvPool pool. A block falls from a random column; a paddle moves left, stays or moves right.
 
-    Catching it scores 1, missing 0; either ends the episode. Every block can be caught; chance catches one in five or
-    six.
+    Catching it scores 1, missing 0; either ends the episode. Every block can be caught; chance catches one in eight.
 
     height: rows that the block falls through. delay: steps from the landing to its point, and wait: from there to the
     end, in which nothing moves.
@@ -154,11 +153,11 @@ def load(path: Path, patches: dict[str, str]) -> ModuleType:
 
 def play_unlimited(script: ModuleType, args: Any, params: Any, game: dict[str, int]) -> float:
     """Mean points that sampled actions score in 200 steps of 64 games without a time limit, until each ends."""
-    network, pool, key = script.ActorCritic(3, args.channels, args.hiddens), Catch(list(range(64)), **game), args.seed
+    network, pool = script.ActorCritic(3, args.channels, args.hiddens), Catch(list(range(64)), **game)
     act = jax.jit(lambda p, obs, key: jax.random.categorical(key, network.apply(p, obs)[0]))
     (obs, _), points, alive = pool.reset(), np.zeros(64), np.ones(64, bool)
     for t in range(200):
-        obs, reward, terminated, _, _ = pool.step(np.asarray(act(params, obs, jax.random.key(1000 * key + t))))
+        obs, reward, terminated, _, _ = pool.step(np.asarray(act(params, obs, jax.random.key(1000 * args.seed + t))))
         points += alive * reward
         alive &= ~terminated
     return float(points.mean())
@@ -225,6 +224,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
+    if missing := [str(path) for path in options.scripts or [Path("(empty)")] if not path.is_file()]:
+        sys.exit(f"error: SCRIPTS {' '.join(missing)}: must be scripts. For example: cleanba_ppo_envpool.py")
     chosen = options.only or range(len(ABLATIONS))
     jobs = [
         (path.resolve(), index, fixed, seed, options.steps)

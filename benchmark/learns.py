@@ -2,10 +2,10 @@
 
     uv run benchmark/learns.py cleanba_ppo_envpool.py 'runs/KungFuMaster-v5__*'
 
-The random policy plays in the script's own environments, with the flags of the runs. A run has learned if the mean
-score of its last 50 games is at least three times the random policy's and it was still rising: the games that ended
-in the last quarter of its steps scored more than those of the quarter before. Prints a table and exits with 1 unless
-every run has learned.
+The random policy plays in the script's own environments, with the game and the image size of the run. A run has
+learned if the mean score of its last 50 games is at least three times the random policy's and it was still rising: the
+games that ended in the last quarter of its steps scored more than those of the quarter before. Prints a table and exits
+with 1 unless every run has learned.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import tyro
-from evaluate import load_script
+from evaluate import OptionError, load_script
 from plot import Run, find_runs, last_score, markdown, read_run, stop
 
 FACTOR, LAST = 3, 50
@@ -49,12 +49,21 @@ def quarters(run: Run) -> list[float]:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    script, rows, failed, randoms = load_script(options.script), [], 0, {}
+    try:
+        script = load_script(options.script)
+    except (OptionError, FileNotFoundError) as error:
+        stop(f"SCRIPT: {error}")
+    if not options.runs:
+        stop("RUNS (empty): name directories of runs. For example: runs")
+    rows, failed, randoms = [], 0, {}
     for path in find_runs(options.runs):
         run = read_run(path)
         if run is None:
             stop(f"RUNS {path}: has not logged anything yet. For example: a finished run")
-        flags = json.loads((path / "run.json").read_text())["args"]
+        record = json.loads((path / "run.json").read_text())
+        flags, trained_by = record["args"], record["around"]["script"]
+        if trained_by != options.script.stem:
+            stop(f"SCRIPT {options.script}: the run {path} is one of {trained_by}.py. For example: {trained_by}.py")
         game = flags["env_id"], flags["img_size"]
         if game not in randoms:
             args = script.Args(env_id=game[0], img_size=game[1])
@@ -66,7 +75,7 @@ def main() -> None:
         learned = run.finished and run.games.sum() >= LAST and ratio >= FACTOR and scores[3] > scores[2]
         failed += not learned
         cells = [f"{number:.1f}" for number in (60 * run.end["hours"], randoms[game], *scores, last)]
-        rows.append([path.name, f"{run.end['steps']}", *cells, f"{ratio:.0f} x", "yes" if learned else "no"])
+        rows.append([path.name, f"{run.end['steps']}", *cells, f"{ratio:.1f} x", "yes" if learned else "no"])
     parts = ["first quarter", "second", "third", "fourth"]
     header = ["run", "steps", "minutes", "random", *parts, f"last {LAST} games", "last / random", "learned"]
     print(markdown(header, rows))

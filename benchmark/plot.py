@@ -110,7 +110,8 @@ def last_score(value: np.ndarray, games: np.ndarray, wanted: int = 100) -> float
 
 def read_run(path: Path) -> Run | None:
     """The run in a directory, or None if it has not logged anything yet."""
-    events = EventAccumulator(str(path), {"scalars": 0}).Reload()  # forgets what a resumed run wrote twice
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports every log that a resumed run wrote again
+    events = EventAccumulator(str(path), {"scalars": 0}).Reload()  # and forgets the first copy
     if not (path / "run.json").exists() or SPS not in events.Tags()["scalars"]:
         return None
     flags = json.loads((path / "run.json").read_text())["args"]
@@ -516,7 +517,6 @@ def main() -> None:
         if value < 2:
             stop(f"--{flag} {value}: must be 2 or more. For example: --{flag} {getattr(Options, flag)}")
     plt.rcParams |= LOOK
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports every log that a resumed run wrote again
     table = pd.read_csv(Path(__file__).with_name("atari57_reference.csv"), index_col="env_id")
     runs, notes = read_runs(options) if options.runs else ([], [])
     references = pick_references(options, runs, table)

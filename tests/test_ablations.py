@@ -77,6 +77,20 @@ def test_a_patch_takes_the_fix_out(script, ablation):
             ablations.load(path, {"nowhere": ""})
 
 
+def test_no_text_of_a_patch_is_out_of_date():
+    """Where a patch names texts that only one algorithm has, each is still in a script."""
+    scripts = [(conftest.ROOT / f"{name}.py").read_text() for name in conftest.SCRIPTS]
+    for old in {old for ablation in ablations.ABLATIONS for old in ablation.patches}:
+        assert any(old in text for text in scripts), old
+
+
+@pytest.mark.parametrize("words", [[], ["nowhere.py"]])
+def test_scripts_are_needed(monkeypatch, words):
+    monkeypatch.setattr(ablations.sys, "argv", ["ablations.py", *words])
+    with pytest.raises(SystemExit, match=r"must be scripts\. For example: cleanba_ppo_envpool\.py"):
+        ablations.main()
+
+
 def test_the_interval_by_hand():
     """Differences 1, 2, 3: mean 2, deviation 1, t(0.975, 2) = 4.3027."""
     mean, low, high = ablations.interval(np.array([2.0, 4.0, 6.0]), np.array([1.0, 2.0, 3.0]))

@@ -45,7 +45,7 @@ def test_it_learns_with_any_seed(script, monkeypatch, seed):
 
 @BOTH_ALGORITHMS
 def test_it_does_not_learn_from_the_reward_before(script, monkeypatch):
-    """Each action paired with the reward that arrived before it, as the published IMPALA had it."""
+    """Each action paired with the reward that arrived before it, while episodes end where they did."""
     step = script.Envs.step
 
     def shifted(self, action):

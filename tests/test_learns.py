@@ -24,7 +24,8 @@ def run_of(scores, games=50, status="finished", **run):
     part = 1000 // len(scores)
     logs = [(part * (i + 1), i + 1, score, games) for i, score in enumerate(scores)]
     path = write_run(logs, **run, status=status, mean_score=scores[-1])
-    (path / "run.json").write_text((path / "run.json").read_text().replace('"args": {', '"args": {"img_size": 42, '))
+    text = (path / "run.json").read_text().replace('"args": {', '"args": {"img_size": 42, ')
+    (path / "run.json").write_text(text[:-1] + ', "around": {"script": "cleanba_ppo_envpool"}}')
     return path
 
 
@@ -32,7 +33,7 @@ def test_a_run_that_learned(monkeypatch, capsys):
     run_of([4, 6, 8, 12])
     play(monkeypatch, "runs")
     cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].split("|")[2:-1]]
-    assert cells == ["1000", "0.1", "4.0", "4.0", "6.0", "8.0", "12.0", "12.0", "3 x", "yes"]
+    assert cells == ["1000", "0.1", "4.0", "4.0", "6.0", "8.0", "12.0", "12.0", "3.0 x", "yes"]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_the_last_games_count_not_the_last_quarter(monkeypatch, capsys):
     """Of 100 games in the last quarter only the later 50 do."""
     run_of([4, 4, 6, 6, 8, 8, 9, 12])
     play(monkeypatch, "runs")
-    assert capsys.readouterr().out.splitlines()[-1].split("|")[-5:-2] == [" 10.5 ", " 12.0 ", " 3 x "]
+    assert capsys.readouterr().out.splitlines()[-1].split("|")[-5:-2] == [" 10.5 ", " 12.0 ", " 3.0 x "]
 
 
 def test_no_multiple_of_nothing(monkeypatch, capsys):
@@ -65,6 +66,22 @@ def test_no_multiple_of_nothing(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         play(monkeypatch, "runs", chance=0.0)
     assert "chance scores 0 in Freeway-v5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["cleanba_ppo_envpool.py"], "RUNS (empty): name directories of runs"),
+        (["cleanba_impala_envpool.py", "runs"], "is one of cleanba_ppo_envpool.py. For example: cleanba_ppo"),
+        (["nowhere.py", "runs"], "error: SCRIPT: "),
+    ],
+)
+def test_a_wrong_command_says_why(monkeypatch, capsys, words, message):
+    run_of([4, 6, 8, 12])
+    monkeypatch.setattr(sys, "argv", ["learns.py", str(conftest.ROOT / words[0]), *words[1:]])
+    with pytest.raises(SystemExit):
+        learns.main()
+    assert message in capsys.readouterr().err
 
 
 def test_a_random_policy_plays_whole_games_with_all_actions(script, monkeypatch):
