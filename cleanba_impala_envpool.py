@@ -28,14 +28,14 @@ plays which rollout never depends on which thread was fast:
 
     python THIS_FILE.py --env-id Pong-v5
     python THIS_FILE.py --actor-device-ids 0 --learner-device-ids 1 2 3 --num-shards 6 --local-num-envs 60
-    python THIS_FILE.py --img-size 42 --channels 8 16 16 --local-num-envs 8 --num-steps 32    (a laptop)
+    python THIS_FILE.py --img-size 42 --channels 8 16 16 --local-num-envs 8    (small; README.md has one for a laptop)
 
 To change the environment edit section 2, the network section 3, the loss or a metric section 7.
 
-Departures from the published code, each explained in README.md: (1) the row that an auto-reset wastes teaches nothing,
-(2) a time limit is bootstrapped, (3) an action is paired with the reward it earned, and the loss is summed over the
-whole minibatch on any number of devices, (4) no two environments share a seed and no two actors a key, (5) gradients
-are added up in one fixed order, so devices do not change the result, (6) the optimizer's first steps are small.
+Departures from the published code, numbered as in README.md: (1) the row that an auto-reset wastes teaches nothing,
+(2) a time limit is bootstrapped, (4) an action is paired with the reward it earned, (5) the loss is summed over the
+whole minibatch on any number of devices, (6) the optimizer's first steps are small, (7) no two environments share a
+seed and no two actors a key, (8) gradients are added up in one fixed order, so devices do not change the result.
 """
 
 import base64
