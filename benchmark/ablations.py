@@ -74,8 +74,8 @@ class Catch:
         self.row = np.where(wasted | ~falls, self.row, self.row + 1)
         self.waited = np.where(wasted | falls, self.waited, self.waited + 1)
         self.age = self.age + ~wasted
-        landed = ~wasted & (self.row == SIZE - 1) & (self.waited == self.delay)
-        ends = ~wasted & (self.row == SIZE - 1) & (self.waited == self.delay + self.wait)
+        down = ~wasted & (self.row == SIZE - 1)
+        landed, ends = down & (self.waited == self.delay), down & (self.waited == self.delay + self.wait)
         reward = np.where(leaves, DOOR, landed & (self.paddle == self.column)).astype(np.float32)
         terminated = leaves if self.limit else ends
         truncated = ~terminated & ~wasted & (self.limit > 0) & (self.age == self.limit)

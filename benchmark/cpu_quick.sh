@@ -1,5 +1,5 @@
 #!/bin/bash
-# Two games, two seeds and a small network, in about a quarter of an hour on two cores. Ends with a picture and two tables.
+# Two games, two seeds and a small network, in a quarter of an hour on two cores. Ends with a picture and two tables.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

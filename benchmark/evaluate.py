@@ -52,7 +52,6 @@ def require(ok: bool, option: str, value: Any, rule: str, instead: Any) -> None:
 def check_options(options: Options) -> None:
     """All that can be said before anything is loaded. Raises OptionError."""
     seed, video, repo = options.seed, options.video, options.upload
-    require(options.script.is_file(), "script", options.script, "there is no such file", "cleanba_ppo_envpool.py")
     require(options.episodes >= 1, "--episodes", options.episodes, "must be 1 or more", "--episodes 10")
     require(seed is None or 0 <= seed < 2**32, "--seed", seed, "must be 0 to 4294967295", "--seed 1")
     if video is not None:
@@ -72,7 +71,8 @@ def check_options(options: Options) -> None:
 
 
 def load_script(path: Path) -> ModuleType:
-    """The script as a module of its own. Raises OptionError if it is none of the project's kind."""
+    """The script as a module of its own. Raises OptionError if there is none, or none of the project's kind."""
+    require(path.is_file(), "script", path, "there is no such file", "cleanba_ppo_envpool.py")
     spec = spec_from_file_location(f"evaluated_{path.stem}", path)
     require(spec is not None, "script", path, "must be a Python file", "cleanba_ppo_envpool.py")
     module = sys.modules[spec.name] = module_from_spec(spec)

@@ -8,7 +8,6 @@ games that ended in the last quarter of its steps scored more than those of the 
 with 1 unless every run has learned.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +50,7 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     try:
         script = load_script(options.script)
-    except (OptionError, FileNotFoundError) as error:
+    except OptionError as error:
         stop(f"SCRIPT: {error}")
     if not options.runs:
         stop("RUNS (empty): name directories of runs. For example: runs")
@@ -60,8 +59,7 @@ def main() -> None:
         run = read_run(path)
         if run is None:
             stop(f"RUNS {path}: has not logged anything yet. For example: a finished run")
-        record = json.loads((path / "run.json").read_text())
-        flags, trained_by = record["args"], record["around"]["script"]
+        flags, trained_by = run.record["args"], run.record["around"]["script"]
         if trained_by != options.script.stem:
             stop(f"SCRIPT {options.script}: the run {path} is one of {trained_by}.py. For example: {trained_by}.py")
         game = flags["env_id"], flags["img_size"]

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -80,6 +81,7 @@ class Run:
     """One run. N: its logs with a finished game.
 
     Attributes:
+        record: what run.json has, the flags under "args".
         done: the share of its steps that it has made.
         score: the game's own, mean of the last 100 games; NaN if no game has finished.
         x: {"steps": i[N], "hours": f[N]}, where the logs are.
@@ -89,6 +91,7 @@ class Run:
     """
 
     path: Path
+    record: dict[str, Any]
     experiment: str
     env_id: str
     seed: int
@@ -114,7 +117,8 @@ def read_run(path: Path) -> Run | None:
     events = EventAccumulator(str(path), {"scalars": 0}).Reload()  # and forgets the first copy
     if not (path / "run.json").exists() or SPS not in events.Tags()["scalars"]:
         return None
-    flags = json.loads((path / "run.json").read_text())["args"]
+    record = json.loads((path / "run.json").read_text())
+    flags = record["args"]
 
     def scalars(tag: str) -> tuple[np.ndarray, np.ndarray]:
         found = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
@@ -129,6 +133,7 @@ def read_run(path: Path) -> Run | None:
         score = summary["mean_score"]
     return Run(
         path=path,
+        record=record,
         experiment=flags["exp_name"],
         env_id=flags["env_id"],
         seed=flags["seed"],

@@ -8,22 +8,16 @@ import pytest
 
 ablations = conftest.load("benchmark/ablations")
 SIZE = ablations.SIZE
-FLAGS = dict(
-    img_size=SIZE, channels=(16,), hiddens=(64,), local_num_envs=16, num_actor_threads=2, num_steps=32,
-    log_frequency=10**6,
-)  # fmt: skip
-TUNED = {
-    "cleanba_ppo_envpool": dict(learning_rate=2e-3, total_timesteps=45_000),
-    "cleanba_ppo_envpool_impala_atari_wrapper": dict(learning_rate=2e-3, total_timesteps=45_000),
-    "cleanba_impala_envpool": dict(learning_rate=2e-2, total_timesteps=100_000),
-}
+FLAGS = ablations.FLAGS | dict(log_frequency=10**6)
+TUNED = {True: dict(total_timesteps=45_000), False: dict(total_timesteps=100_000)}  # PPO; IMPALA
 
 
 def play(script, monkeypatch, **flags):
     """Mean score of the last 100 games of a run on the tiny game."""
     monkeypatch.setattr(script, "env_spec", lambda args: ((4, SIZE, SIZE), 3))
     monkeypatch.setattr(script, "make_env", lambda args, seeds, num_threads: ablations.Catch(seeds))
-    return script.train(script.Args(**FLAGS, **{**TUNED[script.__name__], **flags}))["mean_score"]
+    ppo = hasattr(script, "ppo_loss")
+    return script.train(script.Args(**FLAGS | ablations.TUNED[ppo] | TUNED[ppo] | flags))["mean_score"]
 
 
 # the third script differs from the first in what this game has not: the Atari protocol
