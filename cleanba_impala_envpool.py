@@ -1,17 +1,7 @@
 # /// script
 # requires-python = ">=3.11,<3.15"
-# dependencies = [
-#     "envpool==1.2.5",
-#     "flax==0.12.8",
-#     "gymnasium==1.4.0",
-#     "jax==0.10.2",
-#     "numpy==2.4.6",
-#     "optax==0.2.8",
-#     "orbax-checkpoint==0.12.8",
-#     "tensorboard==2.21.0",
-#     "tqdm==4.70.1",
-#     "tyro==1.0.17",
-# ]
+# dependencies = ["envpool==1.2.5", "flax==0.12.8", "gymnasium==1.4.0", "jax==0.10.2", "numpy==2.4.6", "optax==0.2.8",
+#                 "tensorboard==2.21.0", "tyro==1.0.17"]
 # ///
 """IMPALA on Atari with many actors and many learner devices, reproducible to the bit (Cleanba, Huang et al. 2023).
 
@@ -30,7 +20,8 @@ plays which rollout never depends on which thread was fast:
     python THIS_FILE.py --actor-device-ids 0 --learner-device-ids 1 2 3 --num-shards 6 --local-num-envs 60
     python THIS_FILE.py --img-size 42 --channels 8 16 16 --local-num-envs 8    (small; README.md has one for a laptop)
 
-To change the environment edit section 2, the network section 3, the loss or a metric section 7.
+To change the environment edit section 2, the network section 3, the loss or a metric section 7. What is learned ends
+with `train`; below the stairs is where it runs and what is kept of it.
 
 Departures from the published code, numbered as in README.md: (1) the row that an auto-reset wastes teaches nothing,
 (2) a time limit is bootstrapped, (4) an action is paired with the reward it earned, (5) the loss is summed over the
@@ -38,32 +29,28 @@ whole minibatch on any number of devices, (6) the optimizer's first steps are sm
 seed and no two actors a key, (8) gradients are added up in one fixed order, so devices do not change the result.
 """
 
-import base64
 import fcntl
 import hashlib
 import json
 import os
-import platform
 import queue
-import shutil
 import signal
-import socket
 import sys
 import threading
 import time
 import traceback
-from collections import defaultdict
+from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import cache, partial, reduce
 from importlib.metadata import version as package_version
 from importlib.util import find_spec
 from itertools import count
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import envpool
 import flax.linen as nn
@@ -71,164 +58,71 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import tyro
 from flax import serialization
 from flax.training.train_state import TrainState
-from jax._src.clusters import ClusterEnv
-from jax._src.lib import _jax
+from jax._src.distributed import global_state  # has the key-value store, which nothing public gives; Orbax uses it too
+from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer import event_file_writer
-from tqdm import tqdm
 
 # === §1 Args ==========================================================================================================
+# What a flag must be stands beside its type, (rule, test of a value), and is held by `check_args`.
+Count = Annotated[int, "must be 1 or more", lambda x: x >= 1]
+Natural = Annotated[int, "must be 0 or more", lambda x: x >= 0]
+Positive = Annotated[float, "must be above 0", lambda x: 0 < x < np.inf]
+Weight = Annotated[float, "must be 0 or more", lambda x: 0 <= x < np.inf]
+Fraction = Annotated[float, "must lie between 0 and 1", lambda x: 0 <= x <= 1]
+Widths = Annotated[tuple[int, ...], "needs one or more widths, each 1 or more", lambda x: min(x, default=0) >= 1]
+Ids = Annotated[tuple[int, ...], "needs ids, 0 or more and different", lambda x: len({*x}) == len(x) > 0 <= min(x)]
 
 
 @dataclass(frozen=True)
 class Args:
     exp_name: str = Path(__file__).stem  # name of the experiment, a part of the run's name
-    seed: int = 1  # seed of the parameters, the environments and the actions
+    seed: Annotated[int, "must be 0 to 4294967295", lambda x: 0 <= x < 2**32] = 1  # of all that is random
     track: bool = False  # sync TensorBoard to Weights & Biases (pip install wandb)
     wandb_project_name: str = "cleanba"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team or user
-    log_frequency: int = 10  # updates between two logs
-    checkpoint_frequency: int = 0  # updates between two checkpoints, all games start anew after each; 0 only at the end
-    keep_checkpoints: int = 2  # newest checkpoints that are kept
+    log_frequency: Count = 10  # updates between two logs
+    checkpoint_frequency: Natural = 0  # updates between two checkpoints, all games start anew after each; 0 only at end
+    keep_checkpoints: Count = 2  # newest checkpoints that are kept
     resume: str | None = None  # go on with this run: its directory, or its name below runs
     start_fresh: bool = False  # with --resume, start the run if it has no checkpoint
     save_model: bool = False  # write parameters and flags to model.msgpack at the end, and play games with them
-    eval_episodes: int = 10  # games that --save-model plays, each in an environment of its own
+    eval_episodes: Count = 10  # games that --save-model plays, each in an environment of its own
     env_id: str = "Breakout-v5"  # an Atari game of EnvPool
-    img_size: int = 84  # height and width of an observation; 42 makes a CPU usable
-    env_threads: int = 0  # EnvPool threads of each actor; 0 shares the cores among the actors
+    img_size: Annotated[int, "must be 8 or more", lambda x: x >= 8] = 84  # of observations; 42 suits a CPU
+    env_threads: Natural = 0  # EnvPool threads of each actor; 0 shares the cores among the actors
     total_timesteps: int = 50_000_000  # environment steps of the run, 4 frames each
-    learning_rate: float = 6e-4  # of RMSProp, at the start
-    local_num_envs: int = 64  # environments of each actor thread
-    num_actor_threads: int = 2  # actor threads on each actor device
-    num_steps: int = 20  # T, the steps of a rollout
+    learning_rate: Positive = 6e-4  # of Adam, at the start
+    local_num_envs: Count = 64  # environments of each actor thread
+    num_actor_threads: Count = 2  # actor threads on each actor device
+    num_steps: Count = 20  # T, the steps of a rollout
     anneal_lr: bool = True  # let the learning rate fall linearly to 0
-    gamma: float = 0.99  # discount of a reward one step later
-    num_minibatches: int = 4  # optimizer steps of an update; each takes an equal part of the environments
-    gradient_accumulation_steps: int = 1  # pieces of a shard's part of a minibatch: less memory, same statistics
-    ent_coef: float = 0.01  # weight of the entropy bonus
-    vf_coef: float = 0.5  # weight of the value loss (which has a factor of 0.5 of its own)
-    max_grad_norm: float = 40.0  # gradients are clipped to this global norm
-    channels: tuple[int, ...] = (16, 32, 32)  # channels of the network's convolution sequences
-    hiddens: tuple[int, ...] = (256,)  # widths of the dense layers after them
-    actor_device_ids: tuple[int, ...] = (0,)  # local devices that run the actors' forward passes
-    learner_device_ids: tuple[int, ...] = (0,)  # local devices that compute gradients
-    num_shards: int = 4  # slices of a batch whose gradients are computed apart; learner devices must divide it
+    gamma: Fraction = 0.99  # discount of a reward one step later
+    num_minibatches: Count = 4  # optimizer steps of an epoch
+    gradient_accumulation_steps: Count = 1  # pieces of a shard's part of a minibatch: less memory, same statistics
+    ent_coef: Weight = 0.01  # weight of the entropy bonus
+    vf_coef: Weight = 0.5  # weight of the value loss (which has a factor of 0.5 of its own)
+    max_grad_norm: Positive = 40.0  # gradients are clipped to this global norm
+    channels: Widths = (16, 32, 32)  # channels of the network's convolution sequences
+    hiddens: Widths = (256,)  # widths of the dense layers after them
+    actor_device_ids: Ids = (0,)  # local devices that run the actors' forward passes
+    learner_device_ids: Ids = (0,)  # local devices that compute gradients
+    num_shards: Count = 4  # slices of a batch whose gradients are computed apart; learner devices must divide it
     concurrency: bool = True  # play the next rollout while the learner learns: policies lag by one update
     distributed: bool = False  # be one of many processes; SLURM, Open MPI and Kubernetes say how many and which
     coordinator_address: str | None = None  # HOST:PORT of process 0, where nothing else says so
     num_processes: int | None = None  # processes of the run, where nothing else says so
     process_id: int | None = None  # which one this is, from 0, where nothing else says so
-    peer_timeout: int = 100  # seconds until a process that is missing or silent is given up, and the run with it
-
-
-CPU_FLAGS = (  # what a laptop learns from in minutes
-    "--env-id KungFuMaster-v5 --img-size 42 --channels 8 16 16 --local-num-envs 8 "
-    "--learning-rate 5e-3 --ent-coef 0.001 --total-timesteps 163840 --log-frequency 12"
-)
-
-
-class FlagError(ValueError):
-    """A flag whose value cannot work; the message names the flag, its value, the rule and a value that works."""
-
-
-def show(value: Any) -> str:
-    """A flag's value as it is typed."""
-    return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
-
-
-def require(ok: bool, args: Args, flag: str, rule: str, instead: Any) -> None:
-    """Raise FlagError about `flag` unless `ok`."""
-    if not ok:
-        name, value = "--" + flag.replace("_", "-"), getattr(args, flag)
-        value = "(not given)" if value is None else show(value) or "(empty)"
-        raise FlagError(f"{name} {value}: {rule}. For example: {name} {show(instead)}")
-
-
-RANGES = {  # rule: (test of a value, flags)
-    "must be 0 or more": (lambda x: 0 <= x < np.inf, "env_threads checkpoint_frequency ent_coef vf_coef"),
-    "must be 0 to 4294967295": (lambda x: 0 <= x < 2**32, "seed"),
-    "must be above 0": (lambda x: 0 < x < np.inf, "learning_rate max_grad_norm"),
-    "must be 1 or more": (
-        lambda x: x >= 1,
-        "log_frequency keep_checkpoints eval_episodes local_num_envs num_actor_threads num_steps num_minibatches "
-        "gradient_accumulation_steps num_shards peer_timeout",
-    ),
-    "must be 8 or more": (lambda x: x >= 8, "img_size"),
-    "must lie between 0 and 1": (lambda x: 0 <= x <= 1, "gamma"),
-    "needs one or more widths, each 1 or more": (lambda x: len(x) > 0 and min(x) >= 1, "channels hiddens"),
-    "needs one or more device ids, each 0 or more and different": (
-        lambda x: len(x) > 0 and min(x) >= 0 and len(set(x)) == len(x),
-        "actor_device_ids learner_device_ids",
-    ),
-}
-
-
-class Sizes(NamedTuple):
-    """What the flags amount to."""
-
-    actors: int  # actor threads of this process
-    steps: int  # T * B, steps of an update
-    shard_envs: int  # environments of a shard
-    updates: int  # updates of the run
-
-
-def nearest_divisor(value: int, number: int, multiple_of: int = 1) -> int | None:
-    """The divisor of `number` that is a multiple of `multiple_of` and nearest to `value`; None if there is none."""
-    divisors = (d for d in range(multiple_of, number + 1, multiple_of) if number % d == 0)
-    return min(divisors, key=lambda d: abs(d - value), default=None)
-
-
-def even_split(ids: tuple[int, ...], num_shards: int) -> tuple[int, ...]:
-    """The first of `ids`, as many as divide `num_shards`."""
-    return next(ids[:n] for n in range(len(ids), 0, -1) if num_shards % n == 0)
-
-
-def check_args(args: Args, num_processes: int = 1) -> Sizes:
-    """Hold the flags against each other before anything is built. Raises FlagError."""
-    if args.track and find_spec("wandb") is None:
-        raise FlagError("--track True: needs the package wandb, which is not installed. For example: pip install wandb")
-    for rule, (holds, flags) in RANGES.items():
-        for flag in flags.split():
-            require(holds(getattr(args, flag)), args, flag, rule, getattr(Args, flag))
-
-    def divides(flag: str, number: int, what: str, multiple_of: int = 1) -> int:
-        divisor = nearest_divisor(getattr(args, flag), number, multiple_of)
-        rule = f"must divide the {number} {what}"
-        rule += f" and be a multiple of {multiple_of}, the processes" if multiple_of > 1 else ""
-        require(divisor == getattr(args, flag), args, flag, rule, divisor)
-        return number // divisor
-
-    actors = args.num_actor_threads * len(args.actor_device_ids)
-    envs = actors * args.local_num_envs * num_processes
-    shard_envs = divides("num_shards", envs, "environments of a batch", num_processes)
-    learners = len(args.learner_device_ids) * num_processes
-    if args.num_shards % learners:
-        rule = f"the number of learner devices ({learners}) must divide --num-shards {args.num_shards}"
-        wider = nearest_divisor(args.num_shards, envs, learners)
-        rule += f" (--num-shards {wider} would do)" if wider else ""
-        fitting = even_split(args.learner_device_ids, args.num_shards // num_processes)
-        require(False, args, "learner_device_ids", rule, fitting)
-    part = divides("num_minibatches", shard_envs, "environments of a shard")
-    divides("gradient_accumulation_steps", part, "environments that a shard gives to a minibatch")
-    steps = envs * args.num_steps
-    rule = f"must allow one update of {steps} steps ({envs} environments x {args.num_steps} steps)"
-    require(args.total_timesteps >= steps, args, "total_timesteps", rule, steps)
-    return Sizes(actors, steps, shard_envs, args.total_timesteps // steps)
+    peer_timeout: Count = 100  # seconds until a process that is missing or silent is given up, and the run with it
 
 
 # === §2 Environment ===================================================================================================
-
-
 def env_options(args: Args) -> dict[str, Any]:
     """EnvPool's options for the sticky-action protocol (Machado et al. 2018, table 5)."""
     return dict(
@@ -270,16 +164,12 @@ class Envs:
 
     EnvPool resets an environment on the step *after* its episode ended: that step ignores its action and returns the
     first observation of the next episode. The row of such a step is a reset row.
-
-    Attributes:
-        obs: u8[B, 4, H, W], what the agent sees now.
-        reset: bool[B], True where `obs` ended an episode, so that the next step only resets.
-        over: bool[B], True where it ended a whole game.
     """
 
     def __init__(self, pool: Any):
         self.pool = pool
-        self.obs, _ = pool.reset()
+        self.obs, _ = pool.reset()  # u8[B,4,H,W], what the agent sees now
+        # bool[B]: where `obs` ended an episode, so that the next step only resets; where it ended a whole game
         self.reset = self.over = np.zeros(len(self.obs), bool)
         self.score, self.length = np.zeros(len(self.obs)), np.zeros(len(self.obs), int)
         self.games: list[tuple[float, int]] = []
@@ -301,14 +191,8 @@ class Envs:
         games, self.games = self.games, []
         return games
 
-    def close(self) -> None:
-        """Let the pool go; EnvPool ends its threads when the last reference is dropped."""
-        self.pool = None
-
 
 # === §3 Network [shared] ==============================================================================================
-
-
 def max_pool(x: jax.Array) -> jax.Array:
     """3x3 maximum with stride 2 and SAME padding, f32[N,H,W,C] -> f32[N,ceil(H/2),ceil(W/2),C].
 
@@ -358,9 +242,10 @@ class ActorCritic(nn.Module):
         return logits, value[:, 0]
 
 
+make_network = lambda args: ActorCritic(env_spec(args)[1], args.channels, args.hiddens)
+
+
 # === §4 Rollout =======================================================================================================
-
-
 class Behaviour(NamedTuple):
     """What the acting policy did, and what its loss will ask about it."""
 
@@ -382,36 +267,23 @@ class Rollout(NamedTuple):
     behaviour: Behaviour
 
 
-class Policy(NamedTuple):
-    """How an actor uses the network; plain callables, so that a test needs no network and no thread."""
+def make_policy(network: nn.Module) -> tuple[Callable, Callable]:
+    """How an actor uses the network: (act, last), plain callables, so that a test needs no network and no thread.
 
-    act: Callable  # (params, obs u8[B,...], key, t) -> Behaviour of one row
-    last: Callable  # (params, obs u8[B,...]) -> the fields of Rollout that depend on obs[T]
+    act: (params, obs u8[B,...], key, t) -> Behaviour of one row; last: (params, obs) -> what a Rollout has of obs[T].
+    """
 
-
-def make_policy(network: nn.Module) -> Policy:
     @jax.jit
     def act(params, obs, key, t):
         logits, _ = network.apply(params, obs)
         return Behaviour(jax.random.categorical(jax.random.fold_in(key, t), logits), logits)
 
-    return Policy(act, lambda params, obs: {})  # the learner evaluates obs[T] itself
+    return act, lambda params, obs: {}  # the learner evaluates obs[T] itself
 
 
 # === §5 Actor [shared] ================================================================================================
-
-
-class Stopped(Exception):
-    """Raised in an actor when the run ends around it."""
-
-
-class Delivery(NamedTuple):
-    """What an actor hands to the learner: a rollout and the numbers that travel with it."""
-
-    version: int  # of the parameters that played
-    rollout: Any
-    games: list[tuple[float, int]]  # (score, length) of the games that ended
-    seconds: dict[str, float]
+# what an actor hands to the learner: the version that played, a rollout, (score, length) of the games that ended, times
+Delivery = namedtuple("Delivery", "version rollout games seconds")
 
 
 @contextmanager
@@ -422,69 +294,72 @@ def timed(seconds: dict[str, float], name: str):
     seconds[name] += time.perf_counter() - start
 
 
-def collect(envs, policy: Policy, params, key, num_steps: int, seconds, stopped=lambda: False) -> Rollout:
-    """Play `num_steps` steps and return them as NumPy arrays; a rollout begins where the last one ended.
-
-    `seconds` takes the times; `stopped` is asked at every step and, where it says so, Stopped raised.
-    """
+def collect(envs, policy, params, key, num_steps: int, seconds, stopped=None) -> Rollout:
+    """Play `num_steps` steps from where the last rollout ended; NumPy arrays. When `stopped` is set the thread ends."""
+    act, last = policy
     obs = np.empty((num_steps + 1, *envs.obs.shape), envs.obs.dtype)  # new each time: device_put may alias it
     reset = np.empty((num_steps + 1, len(envs.obs)), bool)
     reward = np.empty((num_steps, len(envs.obs)), np.float32)
     terminated = np.empty((num_steps, len(envs.obs)), bool)
     behaviour = []
     for t in range(num_steps):
-        if stopped():
-            raise Stopped
+        if stopped and stopped.is_set():
+            sys.exit()  # ends this thread alone
         obs[t], reset[t] = envs.obs, envs.reset
         with timed(seconds, "inference_time"):
-            behaviour.append(jax.device_get(policy.act(params, obs[t], key, t)))
+            behaviour.append(jax.device_get(act(params, obs[t], key, t)))
         with timed(seconds, "env_time"):
             reward[t], terminated[t] = envs.step(behaviour[t].action)
     obs[num_steps], reset[num_steps] = envs.obs, envs.reset
     with timed(seconds, "inference_time"):
-        last = jax.device_get(policy.last(params, obs[num_steps]))
+        rest = jax.device_get(last(params, obs[num_steps]))
     with timed(seconds, "storage_time"):
-        return Rollout(obs, reset, reward, terminated, jax.tree.map(lambda *rows: np.stack(rows), *behaviour), **last)
+        return Rollout(obs, reset, reward, terminated, jax.tree.map(lambda *rows: np.stack(rows), *behaviour), **rest)
 
 
-def run_actor(actor_id: int, make_envs, policy: Policy, ship, handoff, key, args, updates: range) -> None:
-    """The life of an actor thread: for every update, take parameters, play a rollout, `ship` it to the learner.
+@contextmanager
+def playing(args: Args, sizes: "Sizes", devices: "Devices", policy, handoff: "HandOff", key, updates: range):
+    """While this lasts, every actor of this process plays the rollouts of `updates`, in a thread of its own.
 
-    make_envs: generation -> Envs, called anew after every checkpoint, so that a resumed actor meets the same games.
-    ship: Rollout -> what the learner receives. `key` is the run's; nothing random is carried from one rollout to the
-    next. So an actor can start at the first update, or after any checkpoint.
+    It makes its environments anew after every checkpoint, so that a resumed actor meets the same games, and carries
+    nothing random from rollout to rollout. So it can start at the first update, or after any checkpoint.
     """
-    envs = None
+    num_envs, env_threads = args.local_num_envs, args.env_threads or max(1, num_cores() // sizes.actors)
+
+    def play(actor_id: int, here: int, key) -> None:  # here: the first environment's number within this process
+        try:
+            for update in updates:
+                generation, since = divmod(update - 1, args.checkpoint_frequency or sys.maxsize)
+                if since == 0 or update == updates[0]:
+                    envs = None  # the pool before goes first
+                    seeds = env_seeds(args.seed, generation, actor_id * num_envs, num_envs)
+                    envs = Envs(make_env(args, seeds, env_threads))
+                seconds = Counter()
+                with timed(seconds, "params_queue_get_time"):
+                    version, params = handoff.take_params(actor_id)
+                rollout_key = jax.random.fold_in(jax.random.fold_in(key, actor_id), update)
+                with timed(seconds, "rollout_time"):
+                    rollout = collect(envs, policy, params, rollout_key, args.num_steps, seconds, handoff.stopped)
+                with timed(seconds, "storage_time"):
+                    rollout = jax.block_until_ready(ship(rollout, here, sizes.shard_envs, devices))
+                handoff.rollouts[actor_id].put(Delivery(version, rollout, envs.pop_games(), seconds))
+        except BaseException as error:
+            handoff.rollouts[actor_id].put(error)
+
+    threads = []
+    for i, (actor_id, device) in enumerate(devices.actors.items()):
+        own = (actor_id, i * num_envs, jax.device_put(key, device))  # the key away from the learner's queue
+        threads.append(threading.Thread(target=play, args=own, name=f"actor {actor_id}", daemon=True))
+        threads[i].start()
     try:
-        for update in updates:
-            generation, since = divmod(update - 1, args.checkpoint_frequency or sys.maxsize)
-            if envs is None or since == 0:
-                if envs is not None:
-                    envs.close()
-                envs = make_envs(generation)
-            seconds = defaultdict(float)
-            with timed(seconds, "params_queue_get_time"):
-                version, params = handoff.take_params(actor_id)
-            rollout_key = jax.random.fold_in(jax.random.fold_in(key, actor_id), update)
-            with timed(seconds, "rollout_time"):
-                rollout = collect(envs, policy, params, rollout_key, args.num_steps, seconds, handoff.stopped.is_set)
-            with timed(seconds, "storage_time"):
-                rollout = jax.block_until_ready(ship(rollout))
-            handoff.put_rollout(actor_id, Delivery(version, rollout, envs.pop_games(), seconds))
-    except Stopped:
-        pass
-    except BaseException as error:
-        failure = RuntimeError(f"actor {actor_id} failed: {error!r}")
-        failure.__cause__ = error
-        handoff.fail(failure)
+        yield
     finally:
-        if envs is not None:
-            envs.close()
+        handoff.stop()
+        for thread in threads:
+            thread.join(2 / len(threads))  # it hangs if its device waits for a process that is gone
 
 
 # === §6 Hand-off [shared] =============================================================================================
-
-
 class HandOff:
     """Parameters one way, rollouts the other. The tokens that the learner gives bound both kinds of queue.
 
@@ -492,57 +367,36 @@ class HandOff:
     spends one per rollout. So the versions acting in updates 1, 2, 3, 4 are 0, 1, 2, 3, or 0, 0, 1, 2 with concurrency.
     """
 
-    def __init__(self, actor_ids, concurrency: bool):
-        self.concurrency = concurrency
-        self.params = {actor_id: queue.SimpleQueue() for actor_id in actor_ids}
-        self.rollouts = {actor_id: queue.SimpleQueue() for actor_id in actor_ids}
-        self.ready, self.stopped, self.preempted = queue.SimpleQueue(), threading.Event(), threading.Event()
+    def __init__(self, actor_devices: dict[int, jax.Device], concurrency: bool):
+        self.devices, self.concurrency = actor_devices, concurrency
+        self.params = {actor_id: queue.SimpleQueue() for actor_id in actor_devices}
+        self.rollouts = {actor_id: queue.SimpleQueue() for actor_id in actor_devices}
+        self.stopped = threading.Event()
 
-    def give_params(self, actor_id: int, version: int, params: Any) -> None:
-        self.params[actor_id].put((version, params))
+    def give_params(self, version: int, params: Any) -> None:
+        """Give every actor one token, with the parameters on its own device."""
+        copies = {device: jax.device_put(params, device) for device in dict.fromkeys(self.devices.values())}
+        for actor_id, device in self.devices.items():
+            self.params[actor_id].put((version, copies[device]))
 
     def take_params(self, actor_id: int) -> tuple[int, Any]:
         """Wait for the next token: (version, parameters ready on the actor's device)."""
         token = self.params[actor_id].get()
         if token is None:
-            raise Stopped
+            sys.exit()  # ends this thread alone
         return token[0], jax.block_until_ready(token[1])
-
-    def put_rollout(self, actor_id: int, delivery: Delivery) -> None:
-        self.rollouts[actor_id].put(delivery)
 
     def get_rollouts(self, update: int) -> list[Delivery]:
         """Wait for one delivery of every actor, in the order of their ids; all were played by the version due."""
-        deliveries = [receive(rollouts) for rollouts in self.rollouts.values()]
+        deliveries = []
+        for actor_id, rollouts in self.rollouts.items():
+            deliveries.append(rollouts.get())
+            if isinstance(deliveries[-1], BaseException):
+                raise RuntimeError(f"actor {actor_id} failed: {deliveries[-1]!r}") from deliveries[-1]
         versions = {delivery.version for delivery in deliveries}
         if versions != {max(0, update - 1 - self.concurrency)}:
             raise RuntimeError(f"update {update} got rollouts of versions {sorted(versions)}")
         return deliveries
-
-    def wait_until_ready(self, tree: Any) -> None:
-        """jax.block_until_ready, in a thread of its own: XLA's wait is deaf to signals and failures, a queue is not."""
-
-        def wait():
-            try:
-                jax.block_until_ready(tree)
-                self.ready.put(None)
-            except BaseException as error:
-                self.ready.put(error)
-
-        threading.Thread(target=wait, daemon=True).start()
-        receive(self.ready)
-
-    def check(self) -> None:
-        """Raise what would end a wait, or Stopped after SIGTERM; for work that waits for nothing."""
-        if not self.ready.empty():
-            receive(self.ready)
-        if self.preempted.is_set():
-            raise Stopped
-
-    def fail(self, error: BaseException) -> None:
-        """Make the learner raise `error`, whatever it waits for. A signal handler may call this at any moment."""
-        for waiting in (self.ready, *self.rollouts.values()):
-            waiting.put(error)
 
     def stop(self) -> None:
         """Called by the learner: no actor waits or plays on."""
@@ -551,17 +405,7 @@ class HandOff:
             params.put(None)
 
 
-def receive(waiting: queue.SimpleQueue) -> Any:
-    """Wait for the next item; raise it if it is an exception."""
-    item = waiting.get()
-    if isinstance(item, BaseException):
-        raise item
-    return item
-
-
 # === §7 Loss ==========================================================================================================
-
-
 def log_prob(logits: jax.Array, action: jax.Array) -> jax.Array:
     """log pi(action), f32[...,A], i32[...] -> f32[...]."""
     return jnp.take_along_axis(jax.nn.log_softmax(logits), action[..., None], axis=-1)[..., 0]
@@ -580,12 +424,7 @@ def vtrace(rollout: Rollout, value: jax.Array, rho: jax.Array, gamma: float) -> 
     next_value = jnp.where(rollout.terminated, 0.0, value[1:])
     delta = rho * (rollout.reward + gamma * next_value - value[:-1])
     trace = jnp.where(rollout.reset[1:], 0.0, gamma * rho)
-
-    def backward(advantage, row):
-        delta, trace = row
-        advantage = delta + trace * advantage
-        return advantage, advantage
-
+    backward = lambda advantage, row: (row[0] + row[1] * advantage,) * 2  # to carry, and to keep
     _, advantage = jax.lax.scan(backward, jnp.zeros_like(delta[0]), (delta, trace), reverse=True)
     return jnp.where(rollout.reset[:-1], 0.0, advantage)
 
@@ -618,8 +457,7 @@ def impala_loss(params, apply, rollout: Rollout, args: Args) -> tuple[jax.Array,
         "rho_max": jnp.max(weight * rho),
         "rho_clipped": total(rho > 1.0),
         "weight": total(1.0),
-        # the moments that `summarise` makes explained_variance of
-        "target": total(target),
+        "target": total(target),  # and three moments more, of which `summarise` makes explained_variance
         "target_square": total(jnp.square(target)),
         "error": total(error),
         "error_square": total(jnp.square(error)),
@@ -639,17 +477,19 @@ def summarise(metrics: list[dict[str, np.ndarray]]) -> dict[str, float]:
 
 
 # === §8 Learner =======================================================================================================
-
-
-def make_optimizer(args: Args, sizes: Sizes) -> tuple[optax.GradientTransformation, Callable[[int], float]]:
+def make_optimizer(args: Args, sizes: "Sizes") -> tuple[optax.GradientTransformation, Callable[[int], float]]:
     """The optimizer, and the learning rate of update u (from 1): constant in an update, linear to 0 over the run."""
-
     learning_rate = lambda u: args.learning_rate * (1 - (u - 1) / sizes.updates if args.anneal_lr else 1)
     rate = lambda count: learning_rate(1 + count // args.num_minibatches)
     # The mean squares start at 1, as in the TensorFlow of Espeholt et al. From 0, as PyTorch has them, the first step
     # would move every weight by ten learning rates, and silence many of the hidden units.
     rmsprop = optax.rmsprop(rate, decay=0.99, eps=0.01, initial_scale=1.0, eps_in_sqrt=False)
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), rmsprop), learning_rate
+
+
+def shuffled(args: Args, shard_envs: int) -> tuple[int, str]:
+    """What the minibatches of a shard are drawn from: how many, and of what."""
+    return shard_envs, "environments"
 
 
 def shuffle(args: Args, key, shard, envs: int) -> jax.Array:
@@ -666,275 +506,216 @@ def shard_gradient(network, args: Args, params, rollout: Rollout, index, shard, 
     return gradient, metrics | {"rho_max": places.at[shard, at[1]].set(metrics["rho_max"])}
 
 
-def make_update(args: Args, network: nn.Module, devices: "Devices", sizes: Sizes, wait: Callable) -> Callable:
+def make_update(args: Args, network: nn.Module, devices: "Devices", sizes: "Sizes") -> Callable:
     """The learner: (states, rollouts, key) -> (states, metrics of every minibatch).
 
-    states: one TrainState, always the same, on every local learner device; rollouts: one of every local shard, on its
-    device. Minibatches are a Python loop: inside `lax.scan` a convolution's gradient is ten times slower on
-    a CPU. All arithmetic is in programs for one device and of fixed shape, so its bits do not depend on the topology.
-    wait: blocks until arrays are there; it holds Python to one step ahead of the devices, so that the forward passes of
-    an actor on the same device come in between.
+    states: one TrainState, the same on every local learner device; rollouts: one of every local shard, on its device.
+    Minibatches are a Python loop: in `lax.scan` a convolution's gradient is ten times slower on a CPU. All arithmetic
+    is in programs for one device and of fixed shape, so its bits do not depend on the topology.
     """
     jit = lambda function, *first: jax.jit(partial(function, *first))
     permute = jit(lambda key, shard: shuffle(args, key, shard, sizes.shard_envs))
     gradient = jit(shard_gradient, network, args)
     accumulate = jit(lambda a, b: jax.tree.map(jnp.add, a, b))
     step = jit(lambda state, grads: (state.apply_gradients(grads=grads), optax.tree.norm(grads)))
-    total = make_total(devices, wait)
+    total = make_total(devices)
 
-    def minibatch_gradient(state, shard, minibatch):
+    def minibatch_gradient(params, shard, minibatch):
         pieces = range(args.gradient_accumulation_steps)
-        return reduce(accumulate, (gradient(state.params, *shard, (minibatch, i)) for i in pieces))
+        return reduce(accumulate, (gradient(params, *shard, (minibatch, i)) for i in pieces))
 
     def update(states, rollouts, key):
         on = devices.of_shard  # on[i]: the place of the i-th shard's device among the local learner devices
-        keys, metrics = [jax.device_put(key, device) for device in devices.learners], []
+        keys = [jax.device_put(key, device) for device in devices.learners]
         numbers = [devices.first_shard + i for i in range(len(on))]
-        index = [permute(keys[d], number) for d, number in zip(on, numbers, strict=True)]
+        index, metrics = [permute(keys[d], shard) for d, shard in zip(on, numbers, strict=True)], []
         shards = list(zip(rollouts, index, numbers, strict=True))
         for m in range(args.num_minibatches):
-            parts = [minibatch_gradient(states[d], shard, m) for d, shard in zip(on, shards, strict=True)]
+            parts = [minibatch_gradient(states[d].params, shard, m) for d, shard in zip(on, shards, strict=True)]
             grads, values = zip(*total(parts), strict=True)
             before, (states, norms) = states, zip(*map(step, states, grads), strict=True)
             metrics.append(values[0] | {"grad_norm": norms[0]})
-            wait(before)
+            jax.block_until_ready(before)  # one step ahead, so that an actor on the same device comes in between
         return states, metrics
 
     return update
 
 
-# === §9 Devices, checkpoints, logging [shared] ========================================================================
+# === §9 Train [shared] ================================================================================================
+def train(args: Args, sigterm: threading.Event | None = None) -> dict[str, Any]:
+    """A run, or this process's part of it, until `sigterm` is set; returns what summary.json says. Raises FlagError."""
+    (sizes, devices, record), sigterm = set_up(args), sigterm or threading.Event()
+    with nullcontext() if global_state.process_id else Report(args, sizes, devices, record) as report:
+        actor_key, learner_key, params_key = jax.random.split(jax.random.key(args.seed), 3)
+        network, (optimizer, learning_rate) = make_network(args), make_optimizer(args, sizes)
+        quick = {"xla_backend_optimization_level": 0}  # runs once: the default would compile for seconds
+        params = jax.jit(network.init, compiler_options=quick)(params_key, np.zeros((1, *env_spec(args)[0]), np.uint8))
+        state = TrainState.create(apply_fn=network.apply, params=params, tx=optimizer)
+        done, (state, previous) = restore(args, report.data if report else b"", (state, params))
+        states = [jax.device_put(state, device) for device in devices.learners]
+        learner_key = jax.device_put(learner_key, devices.learners[0])
+        learn, handoff = make_update(args, network, devices, sizes), HandOff(devices.actors, args.concurrency)
+        updates, status = range(done + 1, sizes.updates + 1), "finished"
 
-
-class PeerError(RuntimeError):
-    """Another process of the run is missing, failed or is gone. Whoever makes one has already said so on stderr."""
-
-
-def find_processes(args: Args) -> tuple[int, int, str]:
-    """(number of this process, number of processes, HOST:PORT of process 0), by flags or cluster. Raises FlagError."""
-    given = (args.coordinator_address, args.num_processes, args.process_id)
-    if not args.distributed and given == (None, None, None):
-        return 0, 1, ""
-    address, size, rank, _ = ClusterEnv.auto_detect_unset_distributed_params(*given, [0], None, args.peer_timeout)
-    for flag, value, instead in zip(PROCESS_FLAGS, (address, size, rank), ("10.0.0.1:9876", 2, 0), strict=True):
-        rule = "must be given with the other two flags of its kind where no SLURM, Open MPI or Kubernetes tells it"
-        require(value is not None, args, flag, rule, instead)
-    host, _, port = address.rpartition(":")
-    rule = "must be HOST:PORT, a free port of the machine of process 0"
-    require(bool(host) and port.isdigit() and 0 < int(port) < 2**16, args, PROCESS_FLAGS[0], rule, "10.0.0.1:9876")
-    require(size >= 1, args, "num_processes", "must be 1 or more", 2)
-    require(0 <= rank < size, args, "process_id", f"must be 0 to {size - 1} with {size} processes", 0)
-    return rank, size, address
-
-
-PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id")
-OWN_FLAGS = {*PROCESS_FLAGS, "distributed", "env_threads"}  # may differ between the processes of a run
-
-
-class Peers:
-    """The processes of a run. Process 0 has a TCP connection, a wire, to each of the others.
-
-    XLA moves arrays between devices; everything else that processes tell each other goes over the wires: flags, scores,
-    failures. When one process fails, all end. A process alone has no wires and shares with itself.
-    """
-
-    def __init__(self, rank: int, size: int, address: str, timeout: float, on_failure: Callable):
-        self.rank, self.size, self.address, self.timeout = rank, size, address, timeout
-        self.on_failure = on_failure  # told the PeerError, from another thread
-        self.host = ""  # the address at which the others reach this machine
-        self.wires: dict[int, Connection] = {}
-        self.listeners: list[threading.Thread] = []
-        self.inboxes = {other: queue.SimpleQueue() for other in range(size)}
-        self.sending, self.failed, self.leaving = threading.Lock(), threading.Event(), threading.Event()
-        self.failure: PeerError | None = None
-
-    def connect(self) -> None:
-        """Meet the other processes. Raises PeerError if one does not come in time, FlagError if they do not fit."""
-        if self.size > 1:
-            host, _, port = self.address.rpartition(":")
-            meet = self._call if self.rank else self._wait_for_calls
-            threading.Thread(target=self._beat, daemon=True).start()
-            meet(host.strip("[]"), int(port), time.monotonic() + self.timeout)
-
-    def _wait_for_calls(self, host: str, port: int, deadline: float) -> None:
-        dual = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if dual else socket.AF_INET
-        with socket.create_server(("", port), family=family, dualstack_ipv6=dual) as server:
-            while missing := [str(other) for other in range(1, self.size) if other not in self.wires]:
-                server.settimeout(max(1e-3, deadline - time.monotonic()))
-                try:
-                    caller = server.accept()[0]
-                except TimeoutError:
-                    which = f"process {', '.join(missing)} of {self.size}"
-                    raise self._lost(f"{which} did not come to {self.address} in {self.timeout} s") from None
-                caller.settimeout(None)
-                name, wire = caller.getsockname()[0], Connection(caller.detach())
-                try:
-                    rank, size = json.loads(wire.recv_bytes(1000)) if wire.poll(5) else (0, 0)
-                except (OSError, EOFError, ValueError):
-                    continue  # no process of ours
-                if size != self.size or str(rank) not in missing:
-                    problem = f"process {rank} of {size} came where {', '.join(missing)} of {self.size} was missing"
-                    problem = f"--process-id {rank}: {problem}. For example: --process-id {missing[0]}"
-                    wire.send_bytes(json.dumps({"failure": problem}).encode())
-                    raise FlagError(problem)
-                self._wire(rank, wire, name.removeprefix("::ffff:"))
-
-    def _call(self, host: str, port: int, deadline: float) -> None:
-        while True:
-            try:
-                wire = socket.create_connection((host, port), timeout=max(1e-3, deadline - time.monotonic()))
-                if wire.getsockname() != wire.getpeername():  # on one machine a socket may call itself
+        with playing(args, sizes, devices, make_policy(network), handoff, actor_key, updates):
+            if args.concurrency:
+                handoff.give_params(max(0, done - 1), previous)
+            handoff.give_params(done, state.params)
+            for update in updates:
+                seconds = Counter()
+                with timed(seconds, "rollout_queue_get_time"):
+                    deliveries = handoff.get_rollouts(update)
+                if update == updates[0]:  # also: the first collective gives up if processes come to it far apart
+                    same_everywhere("initial parameters", states[0].params)
+                with timed(seconds, "training_time"):
+                    updated = learn(states, assemble(deliveries), jax.random.fold_in(learner_key, update))
+                    previous, (states, metrics) = states[0].params, jax.block_until_ready(updated)
+                handoff.give_params(update, states[0].params)
+                news = share([sigterm.is_set(), [(d.games, d.seconds) for d in deliveries]])
+                if report:
+                    due = update == sizes.updates or update % (args.checkpoint_frequency or sizes.updates) == 0
+                    lag, rate = update - 1 - deliveries[0].version, learning_rate(update)
+                    report.update(news, due, lag, rate, seconds, metrics, states[0].params)
+                    if due:
+                        report.save(update, (states[0], previous))
+                if any(told for told, _ in news):
+                    status = "preempted"
                     break
-                wire.close()
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise self._lost(f"process 0 did not answer at {self.address} in {self.timeout} s") from None
-            time.sleep(0.1)
-        wire.settimeout(None)
-        name = wire.getsockname()[0]
-        self._wire(0, Connection(wire.detach()), name)
-        self._send(0, [self.rank, self.size])
-
-    def _wire(self, other: int, wire: Connection, host: str) -> None:
-        self.wires[other], self.host = wire, host
-        self.listeners.append(threading.Thread(target=self._listen, args=(other,), daemon=True))
-        self.listeners[-1].start()
-
-    def agree(self, args: Args) -> None:
-        """Raise FlagError about a flag or package that differs between the processes."""
-        mine = {f"--{name.replace('_', '-')}": value for name, value in asdict(args).items() if name not in OWN_FLAGS}
-        for flag in ("--actor-device-ids", "--learner-device-ids"):
-            mine[flag] = f"({len(mine[flag])} devices)"
-        everyone = self.share({name: str(value) for name, value in (mine | versions()).items()})
-        for rank, theirs in enumerate(everyone):
-            for name, value in everyone[0].items():
-                if theirs[name] != value:
-                    self.leaving.set()  # every process finds the same
-                    rule = f"process {rank} differs from process 0, which has {value}"
-                    raise FlagError(f"{name} {theirs[name]}: {rule}. For example: {name} {value}")
-
-    def agree_on(self, what: str, value: str) -> None:
-        """Raise RuntimeError unless all processes have the same value."""
-        everyone = self.share(value)
-        for rank, theirs in enumerate(everyone):
-            if theirs != everyone[0]:
-                raise RuntimeError(f"process {rank} has other {what} ({theirs}) than process 0 ({everyone[0]})")
-
-    def start_jax(self, device_ids) -> None:
-        """Let JAX see the local devices `device_ids` and, through it, those of the other processes."""
-        if self.size > 1:
-            jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is the hand-off's
-            # on CPUs: else Gloo would listen where the machine's own name points, which is often 127.0.1.1
-            _jax.make_gloo_tcp_collectives = partial(_jax.make_gloo_tcp_collectives, hostname=self.host)
-            place = (self.address, self.size, self.rank, sorted(device_ids))
-            # the wires notice a failure first; JAX would abort the process
-            times = dict(initialization_timeout=self.timeout, heartbeat_timeout_seconds=2 * self.timeout)
-            jax.distributed.initialize(*place, **times, shutdown_timeout_seconds=self.timeout)
-
-    def share(self, value: Any) -> list:
-        """Everyone's `value` (JSON), by rank. Every process must call this at the same point of the run."""
-        if self.size == 1:
-            return [value]
-        if self.rank:
-            self._send(0, {"value": value})
-            return receive(self.inboxes[0])
-        values = [value, *(receive(self.inboxes[other]) for other in range(1, self.size))]
-        for other in self.wires:
-            self._send(other, {"value": values})
-        return values
-
-    def _send(self, other: int, message: Any) -> None:
-        with self.sending, suppress(OSError):  # a broken wire is the listener's to report
-            self.wires[other].send_bytes(json.dumps(message).encode())
-
-    def _beat(self) -> None:
-        while not self.leaving.wait(self.timeout / 4):
-            for other in list(self.wires):
-                self._send(other, {})
-
-    def _listen(self, other: int) -> None:
-        try:
-            while self.wires[other].poll(self.timeout):
-                message = json.loads(self.wires[other].recv_bytes())
-                if "failure" in message:
-                    return self._fail(message["failure"])
-                if "value" in message:
-                    self.inboxes[other].put(message["value"])
-            self._fail(f"process {other} has been silent for {self.timeout} s")
-        except (OSError, EOFError):
-            self._fail(f"process {other} is gone: killed, or its machine lost")
-
-    def _lost(self, what: str) -> PeerError:
-        print(f"error: {what}", file=sys.stderr, flush=True)  # now: JAX aborts this process if its coordinator is gone
-        return PeerError(what)
-
-    def _fail(self, what: str) -> None:
-        """Wake the main thread, whatever it waits for; if it cannot be woken, end the process."""
-        if not self.leaving.is_set() and self.failure is None:
-            self.failure = self._lost(what)
-            self.failed.set()
-            for waiting in self.inboxes.values():
-                waiting.put(self.failure)
-            self.on_failure(self.failure)
-            if self.rank == 0:
-                self._tell(what)
-            timer = threading.Timer(10, os._exit, (1,))
-            timer.daemon = True
-            timer.start()
-
-    def _tell(self, what: str) -> None:
-        for other in self.wires:
-            self._send(other, {"failure": what})
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        """End with all others, or tell them why not. An error that another process caused becomes its PeerError."""
-        if self.size == 1:
-            return
-        if isinstance(error, Exception) and not isinstance(error, FlagError | PeerError):
-            self.failed.wait(2)  # a broken collective is noticed before its cause
-        news = error is not None and self.failure is None and not self.leaving.is_set()
-        self.leaving.set()
-        if news:
-            self._tell(str(error) if isinstance(error, PeerError) else f"process {self.rank} failed: {error!r}")
-        if error is None:
-            jax.distributed.shutdown()
-        elif self.rank == 0:  # the others first: JAX aborts them when their coordinator is gone
-            deadline = time.monotonic() + 5
-            for listener in self.listeners:
-                listener.join(max(0, deadline - time.monotonic()))
-        if self.failure is not None and self.failure is not error:
-            raise self.failure from error
+        same_everywhere("final parameters", states[0].params)
+        if report:
+            report.end(status, network, states[0].params, sigterm)
+    share("closed")  # else the others wait in JAX's own barrier, whose patience is shorter
+    return report.summary if report else {"status": status}
 
 
-class Devices(NamedTuple):
-    """Where things are computed. Learner devices own equal runs of consecutive shards, in the order of the mesh."""
-
-    actors: list[jax.Device]  # of this process
-    learners: list[jax.Device]  # of this process
-    mesh: Mesh  # the learner devices of all processes
-    first_shard: int  # of this process
-    of_shard: list[int]  # the index in `learners` of each shard of this process
+# === The stairs: above, what is learned; below, where it runs, what is kept, what is shown ============================
+# === §10 Flags, processes, devices [shared] ===========================================================================
+# what the flags amount to: actors of this process, T * B, environments of a shard, updates of the run
+Sizes = namedtuple("Sizes", "actors steps shard_envs updates")
+ROUNDS = count(1)  # of `share`, in this process
 
 
-def find_devices(args: Args, peers: Peers) -> Devices:
-    """Turn device ids into devices, and learn which ones the other processes have. Raises FlagError."""
-    ids = sorted({*args.actor_device_ids, *args.learner_device_ids})
-    alone = peers.size == 1 or jax.default_backend() == "cpu"  # else JAX shows the named devices only
-    local = dict(zip(range(len(jax.local_devices())) if alone else ids, jax.local_devices(), strict=False))
+class FlagError(ValueError):
+    """A flag whose value cannot work; the message names the flag, its value, the rule and a value that works."""
+
+    def __init__(self, flag: str, value: Any, rule: str, instead: Any):
+        show = lambda x: (" ".join(map(str, x)) or "(empty)") if isinstance(x, tuple | list) else str(x)
+        flag = "--" + flag.replace("_", "-") if flag in Args.__dataclass_fields__ else flag
+        super().__init__(f"{flag} {show(value)}: {rule}. For example: {flag} {show(instead)}")
+
+
+def require(ok: Any, args: Args, flag: str, rule: str, instead: Any) -> None:
+    """Raise FlagError about `flag` unless `ok`."""
+    if not ok:
+        raise FlagError(flag, getattr(args, flag), rule, instead)
+
+
+def check_args(args: Args, num_processes: int = 1) -> Sizes:
+    """Hold the flags against their rules and each other, before anything is built. Raises FlagError."""
+    for flag, kind in get_type_hints(Args, include_extras=True).items():
+        if rule := getattr(kind, "__metadata__", None):
+            require(rule[1](getattr(args, flag)), args, flag, rule[0], getattr(Args, flag))
+    missing = args.track and find_spec("wandb") is None
+    require(not missing, args, "track", "needs a package: pip install wandb, or uv run --with wandb", False)
+
+    def divides(flag: str, number: int, what: str, learners: int = 1) -> int:
+        value, rule = getattr(args, flag), f"must divide the {number} {what}"
+        rule += f" and be a multiple of the {learners} learner devices" if learners > 1 else ""
+        fitting = [d for d in range(learners, number + 1, learners) if number % d == 0]
+        instead = min(fitting, key=lambda d: abs(d - value), default=f"{learners} --local-num-envs {4 * learners}")
+        require(value in fitting, args, flag, rule, instead)
+        return number // value
+
+    actors = args.num_actor_threads * len(args.actor_device_ids)
+    envs, learners = actors * args.local_num_envs * num_processes, len(args.learner_device_ids) * num_processes
+    shard_envs = divides("num_shards", envs, "environments of a batch", learners)
+    units, what = shuffled(args, shard_envs)
+    part = divides("num_minibatches", units, f"{what} of a shard")
+    divides("gradient_accumulation_steps", part, f"{what} that a shard gives to a minibatch")
+    steps = envs * args.num_steps
+    require(args.total_timesteps >= steps, args, "total_timesteps", f"an update takes {steps} steps", steps)
+    env_spec(args)
+    return Sizes(actors, steps, shard_envs, args.total_timesteps // steps)
+
+
+def join(args: Args) -> None:
+    """Be one of the processes of a run, if the flags speak of any. Raises FlagError."""
+    place = (args.coordinator_address, args.num_processes, args.process_id)
+    if not args.distributed and place == (None, None, None):
+        return
+    others = [i for i in range(args.num_processes or 0) if i != args.process_id]
+    print(f"waiting {args.peer_timeout} s at most for the processes {others} ({args.coordinator_address})", flush=True)
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is the run's own
+    visible = sorted({*args.actor_device_ids, *args.learner_device_ids})
+    patience = dict(initialization_timeout=args.peer_timeout, heartbeat_timeout_seconds=args.peer_timeout)
+    try:
+        jax.distributed.initialize(*place, visible, **patience, shutdown_timeout_seconds=10)
+    except (ValueError, IndexError) as error:
+        rule = f"where no cluster tells them, HOST:PORT and two numbers are needed ({error})"
+        raise FlagError("coordinator_address", place, rule, "10.0.0.1:9876 --num-processes 2 --process-id 0") from None
+
+
+def share(value: Any) -> list:
+    """Everyone's `value` (JSON), by rank. Every process must call this at the same point of the run."""
+    rank, size, client = global_state.process_id, global_state.num_processes, global_state.client
+    if size == 1:
+        return [value]
+    number = next(ROUNDS)
+
+    def get(other: int) -> Any:
+        while True:  # in short waits: between them Python hears Ctrl-C
+            try:
+                return json.loads(client.blocking_key_value_get(f"cleanba/{number}/{other}", 1000))
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+
+    if rank == 0:  # collects, so n processes make 3 n calls
+        value = [value, *map(get, range(1, size))]
+        client.key_value_delete(f"cleanba/{number - 1}")  # who came to this round has read the one before
+    client.key_value_set(f"cleanba/{number}/{rank}", json.dumps(value))
+    return get(0)
+
+
+def same_everywhere(what: str, params: Any) -> None:
+    if len(everyone := {*share(params_sha256(params))}) > 1:
+        raise RuntimeError(f"the processes have different {what}: {everyone}")
+
+
+# where things are computed: {actor_id: device} and learner devices of this process, the mesh of all learner devices,
+# the first shard of this process, and of each of its shards the place of its device among `learners`. Learner devices
+# own equal runs of consecutive shards, in the order of the mesh.
+Devices = namedtuple("Devices", "actors learners mesh first_shard of_shard")
+
+
+def set_up(args: Args) -> tuple[Sizes, Devices, dict[str, Any]]:
+    """Meet the other processes, hold their flags against each other, find the devices. Raises FlagError."""
+    join(args)
+    rank, processes = global_state.process_id, global_state.num_processes
+    sizes, here = check_args(args, processes), jax.local_devices()
+    cpu, ids = here[0].platform == "cpu", sorted({*args.actor_device_ids, *args.learner_device_ids})
+    # of many processes on GPUs, each sees the devices that it names and no others
+    local = dict(zip(range(len(here)) if processes == 1 or cpu else ids, here, strict=False))
     for flag in ("actor_device_ids", "learner_device_ids"):
-        fits = tuple(i for i in getattr(args, flag) if i in local) or (min(local),)
-        rule = f"there are {len(local)} {jax.default_backend()} device(s) here, numbered from {min(local)}"
-        require(fits == getattr(args, flag), args, flag, rule, even_split(fits, args.num_shards // peers.size))
+        require(local.keys() >= {*getattr(args, flag)}, args, flag, f"the devices here are {[*local]}", min(local))
+    around = {"script": Path(__file__).stem, "device": here[0].device_kind} | VERSIONS
+    around |= {"threads of XLA (NPROC)": int(os.environ.get("NPROC", max(num_cores(), len(here))))} if cpu else {}
+    record = {"args": asdict(args), "actors": sizes.actors * processes, "around": around}
+    record = json.loads(json.dumps(record))
+    same = {name: value for name, value in record["args"].items() if name not in OWN_FLAGS}
+    same |= {name: len(same[name]) for name in ("actor_device_ids", "learner_device_ids")}
     learners = [local[i] for i in args.learner_device_ids]
+    everyone = share([same | around, [device.id for device in learners]])
+    for other, (theirs, _) in enumerate(everyone):
+        for name, value in everyone[0][0].items():
+            if theirs[name] != value:
+                raise FlagError(name, theirs[name], f"process {other} differs from process 0, which has {value}", value)
     by_id = {device.id: device for device in jax.devices()}
-    everywhere = peers.share([device.id for device in learners])
-    mesh = Mesh(np.array([by_id[i] for ids in everywhere for i in ids]), ("learner",))
+    mesh = Mesh(np.array([by_id[i] for _, ids in everyone for i in ids]), ("learner",))
     owners = [i for i in range(len(learners)) for _ in range(args.num_shards // mesh.size)]
-    return Devices([local[i] for i in args.actor_device_ids], learners, mesh, peers.rank * len(owners), owners)
+    actors = [local[i] for i in args.actor_device_ids for _ in range(args.num_actor_threads)]
+    acting = dict(enumerate(actors, rank * sizes.actors))
+    return sizes, Devices(acting, learners, mesh, rank * len(owners), owners), record
 
 
 def tree_sum(parts: list, while_even: bool = False) -> list:
@@ -945,46 +726,50 @@ def tree_sum(parts: list, while_even: bool = False) -> list:
     return parts
 
 
-def make_total(devices: Devices, wait: Callable) -> Callable[[list], list]:
+def make_total(devices: Devices) -> Callable[[list], list]:
     """The sum over all shards: takes what each local shard adds (a tree), returns the sum on each local learner device.
 
-    One binary tree over the shard index. A device adds up its own shards as far as the tree has them together; an
-    all-gather, which computes nothing, brings these vectors to all devices; each device finishes the same tree. So
-    the order of additions, and with it every bit, is the same however many devices there are.
+    One binary tree over the shard index, the same however many devices there are, and so are the bits. A device adds up
+    its own shards as far as the tree has them together. Of these vectors an all-to-all gives device d the d-th slices;
+    it finishes the tree on them, and an all-gather brings the slices of the sum back. So each of n devices sends
+    2 (n - 1) / n vectors, as in a ring all-reduce.
     """
     alone = jax.jit(lambda *parts: tree_sum(list(parts))[0])
     if devices.mesh.size == 1:
         return lambda parts: [alone(*parts)]
-    lower = jax.jit(lambda *parts: jnp.stack([ravel_pytree(p)[0] for p in tree_sum(list(parts), while_even=True)]))
-    split, everywhere = NamedSharding(devices.mesh, P("learner")), NamedSharding(devices.mesh, P())
-    gather = jax.jit(lambda x: x, out_shardings=everywhere)
-    upper = jax.jit(lambda sums, like: ravel_pytree(like)[1](tree_sum(list(sums))[0]))
-    cpu = devices.learners[0].platform == "cpu"
+    cut = lambda *axes: NamedSharding(devices.mesh, PartitionSpec(*axes))
+
+    @jax.jit
+    def lower(*parts):  # f32[vectors, size], padded to a multiple of the number of devices
+        rows = jnp.stack([ravel_pytree(part)[0] for part in tree_sum(list(parts), while_even=True)])
+        return jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % devices.mesh.size)))
+
+    @partial(jax.jit, out_shardings=cut())
+    def across(rows):
+        slices = jax.lax.with_sharding_constraint(rows, cut(None, "learner"))
+        return jax.lax.with_sharding_constraint(tree_sum(list(slices))[0], cut("learner"))
+
+    unravel = jax.jit(lambda flat, like: ravel_pytree(like)[1](flat[: sum(x.size for x in jax.tree.leaves(like))]))
 
     def total(parts: list) -> list:
         own = len(parts) // len(devices.learners)
         sums = [lower(*parts[i : i + own]) for i in range(0, len(parts), own)]
-        if cpu:  # XLA blocks when 32 programs of a device are under way; around a collective that is a deadlock
-            wait(sums)
+        if devices.learners[0].platform == "cpu":  # with 32 programs under way XLA blocks: a deadlock at a collective
+            jax.block_until_ready(sums)
         shape = (devices.mesh.size * sums[0].shape[0], sums[0].shape[1])
-        whole = gather(jax.make_array_from_single_device_arrays(shape, split, sums))
+        whole = across(jax.make_array_from_single_device_arrays(shape, cut("learner"), sums))
         here = {shard.device: shard.data for shard in whole.addressable_shards}
-        return [upper(here[device], parts[i * own]) for i, device in enumerate(devices.learners)]
+        return [unravel(here[device], parts[i * own]) for i, device in enumerate(devices.learners)]
 
     return total
 
 
 def ship(rollout: Rollout, first_env: int, shard_envs: int, devices: Devices) -> list[tuple[int, Rollout]]:
-    """Cut a rollout at the borders of shards and send each piece to the device of its shard: [(shard, piece), ...].
-
-    Environments (`first_env` is the rollout's first one) and shards are numbered within this process.
-    """
-    end, pieces = first_env + rollout.reward.shape[1], []
-    for shard in range(first_env // shard_envs, -(-end // shard_envs)):
-        start, stop = max(first_env, shard * shard_envs) - first_env, min(end, (shard + 1) * shard_envs) - first_env
-        piece = jax.tree.map(lambda x, cut=slice(start, stop): x[:, cut], rollout)
-        pieces.append((shard, jax.device_put(piece, devices.learners[devices.of_shard[shard]])))
-    return pieces
+    """Cut a rollout at the borders of shards, send each piece to its shard's device; all numbers are this process's."""
+    shard = (first_env + np.arange(rollout.reward.shape[1])) // shard_envs  # of each environment
+    pieces = {i: slice(*np.searchsorted(shard, (i, i + 1))) for i in np.unique(shard).tolist()}
+    cut = lambda own: jax.tree.map(lambda x: x[:, own], rollout)
+    return [(i, jax.device_put(cut(own), devices.learners[devices.of_shard[i]])) for i, own in pieces.items()]
 
 
 def assemble(deliveries: list[Delivery]) -> list[Rollout]:
@@ -996,537 +781,286 @@ def assemble(deliveries: list[Delivery]) -> list[Rollout]:
     return [jax.tree.map(join, *shards[shard]) for shard in sorted(shards)]
 
 
+# cores that this process may use
+num_cores = lambda: len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+# === §11 Run directory, checkpoints [shared] ==========================================================================
+# flags that each process has for itself, and those that may change on resume: where a run is, and what is kept of it
+OWN_FLAGS = {"coordinator_address", "num_processes", "process_id", "distributed", "env_threads"}
+FREE_FLAGS = OWN_FLAGS | {"num_actor_threads", "actor_device_ids", "learner_device_ids", "peer_timeout", "exp_name"}
+FREE_FLAGS |= {"track", "wandb_project_name", "wandb_entity", "log_frequency", "keep_checkpoints"}
+FREE_FLAGS |= {"resume", "start_fresh", "save_model", "eval_episodes"}
+
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "envpool", "numpy")
+VERSIONS = {"python": sys.version.split()[0]} | {name: package_version(name) for name in PACKAGES}
+
+
 def params_sha256(params: Any) -> str:
     """SHA-256 over the bytes of the leaves in tree order: equal hashes mean equal bits."""
     leaves = jax.tree.leaves(jax.device_get(params))
     return hashlib.sha256(b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in leaves)).hexdigest()
 
 
-# flags that may change when a run is resumed: where it is computed, and what is kept of it
-FREE_FLAGS = OWN_FLAGS | {"num_actor_threads", "actor_device_ids", "learner_device_ids", "peer_timeout"}
-FREE_FLAGS |= {"exp_name", "track", "wandb_project_name", "wandb_entity", "log_frequency", "keep_checkpoints"}
-FREE_FLAGS |= {"resume", "start_fresh", "save_model", "eval_episodes"}
+def unpack(data: bytes) -> dict[str, Any]:
+    """What `write_file` has written. Raises ValueError if a bit of it has changed."""
+    if hashlib.sha256(data[32:]).digest() != data[:32]:
+        raise ValueError("its bits are not those that were written")
+    return serialization.msgpack_restore(data[32:])
 
 
-def describe(args: Args, actors: int) -> dict[str, Any]:
-    """What the bits of a run depend on (JSON), and its other flags. actors: of all processes."""
-    cpu = jax.default_backend() == "cpu"
-    around = {"script": Path(__file__).stem, "device": jax.devices()[0].device_kind} | versions()
-    around["threads of XLA"] = int(os.environ.get("NPROC", max(num_cores(), jax.local_device_count()))) if cpu else None
-    return json.loads(json.dumps({"args": asdict(args), "actors": actors, "around": around}))
+def write_file(path: Path, content: dict[str, Any]) -> None:
+    """Arrays, strings and numbers as Flax's msgpack, after 32 bytes of SHA-256; a file is there whole or not at all."""
+    data = serialization.msgpack_serialize(content)
+    with open(path.with_name("unfinished"), "wb") as file:  # one name: what a killed process left is written over
+        file.write(hashlib.sha256(data).digest() + data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
 
 
-def check_resumed(args: Args, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Hold a run against the one that it goes on with, both as `describe` has them. Raises FlagError."""
-    rule = f"is a run of {old['around']['script']}.py, which has other flags"
-    require(old["args"].keys() == new["args"].keys(), args, "resume", rule, f"{args.resume}-2 --start-fresh")
-    for flag, value in old["args"].items():
-        same = flag in FREE_FLAGS or new["args"][flag] == value
-        require(same, args, flag, f"the run to resume has {show(value)}", value)
-    rule = f"must amount to the {old['actors']} actors of the run to resume, in all processes"
-    threads = max(1, args.num_actor_threads * old["actors"] // new["actors"])
-    require(new["actors"] == old["actors"], args, "num_actor_threads", rule, threads)
-    for what, before in old["around"].items():
-        if new["around"][what] != before:
-            print(f"{what}: {new['around'][what]} now and {before} before, the bits may differ", flush=True)
+# oldest first, named by the update
+find_checkpoints = lambda run: sorted((run / "checkpoints").glob("*.msgpack"), key=lambda path: int(path.stem))
 
 
-@contextmanager
-def open_run(args: Args, record: dict[str, Any]):
-    """The directory of a new run, or of the one to resume, for this process alone. Raises FlagError.
+def load_checkpoint(run: Path) -> bytes:
+    """The newest checkpoint that is whole, still packed; nothing if there is none."""
+    for path in reversed(find_checkpoints(run)):
+        try:
+            unpack(data := path.read_bytes())
+            return data
+        except ValueError as error:
+            print(f"the checkpoint {path} cannot be read, trying an older one: {error}", flush=True)
+    return b""
 
-    record: of `describe`.
-    """
+
+def claim_run(args: Args, record: dict[str, Any]) -> tuple[Path, Any, bytes]:
+    """The directory of a run, new or to be resumed, a lock on it, and its newest checkpoint. Raises FlagError."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    require(args.resume != "", args, "resume", "must name a run", "my-run")
-    directory = Path(args.resume or name)
-    directory = Path("runs") / directory if len(directory.parts) == 1 else directory
-    checkpoints = directory / "checkpoints"
-    if any(path.name.isdigit() for path in checkpoints.glob("*")):
-        check_resumed(args, json.loads((directory / "run.json").read_text()), record)
-    elif args.resume is not None:
-        close = get_close_matches(directory.name, [path.parent.name for path in directory.parent.glob("*/run.json")], 1)
-        instead = close[0] if close and not directory.exists() else f"{args.resume} --start-fresh"
-        require(args.start_fresh, args, "resume", f"there is no checkpoint in {checkpoints}", instead)
+    run, fresh = Path(name if args.resume is None else args.resume), args.resume is None or args.start_fresh
+    run = Path("runs") / run if len(run.parts) == 1 else run
+    if find_checkpoints(run):
+        old = json.loads((run / "run.json").read_text())
+        for name, before in old["around"].items():
+            if (now := record["around"].get(name)) != before:
+                print(f"{name}: {now} now and {before} before, the bits may differ", flush=True)
+        flags = lambda of: of["args"] | {"num_actor_threads of all devices and processes": of["actors"]}
+        for name, before in flags(old).items():
+            if (now := flags(record).get(name)) != before and name not in FREE_FLAGS:
+                raise FlagError(name, now, f"the run to resume has {before}", before)
+    data = load_checkpoint(run)
+    require(data or fresh, args, "resume", f"no checkpoint in {run} can be read", f"{args.resume} --start-fresh")
     try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        lock = os.open(checkpoints, os.O_RDONLY)
-    except OSError as error:
-        example = "start the script in a directory that can be written"
-        raise FlagError(f"the run's directory cannot be written: {error}. For example: {example}") from None
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of a process that is killed, the system lets it go
-        except BlockingIOError:
-            require(False, args, "resume", "another process has this run", f"{args.resume}-2 --start-fresh")
-        except OSError:
-            pass  # a file system without locks
-        for leftover in checkpoints.glob("*.orbax-checkpoint-tmp"):  # of one that was killed while it wrote
-            shutil.rmtree(leftover)
-        yield directory
-    finally:
-        os.close(lock)
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = open(run / "checkpoints" / "lock", "w")  # noqa: SIM115
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when its process is gone
+    except BlockingIOError:
+        require(False, args, "resume", "another process has this run", f"{args.resume}-2 --start-fresh")
+    except OSError as error:  # names no file where only the file system has no locks
+        unlocked = error.filename is None
+        require(unlocked, args, "resume", f"{run} cannot be written: {error}", "/tmp/my-run --start-fresh")
+    return run, lock, data
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a file that is there whole or not at all."""
-    draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(content, indent=2) + "\n")
-    draft.replace(path)
+def restore(args: Args, data: bytes, tree: Any) -> tuple[int, Any]:
+    """(update, tree) of process 0's checkpoint, on every process; (0, tree) if it has none. Raises FlagError."""
+    if not (size := share(len(data))[0]):
+        return 0, tree
+    content = unpack(bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(data or bytes(size), np.uint8))))
+    shapes = lambda tree: jax.tree.map(np.shape, serialization.to_state_dict(tree))
+    same = shapes(content["state"]) == shapes(tree)
+    require(same, args, "resume", "its network or optimizer is another", f"{args.resume}-2 --start-fresh")
+    return content["update"], serialization.from_state_dict(tree, content["state"])
 
 
-class Checkpoints:
-    """The checkpoints of a run, by Orbax: atomic, written in the background, the newest kept. Process 0 has them."""
+# === §12 Report [shared] ==============================================================================================
+class Report(AbstractContextManager):
+    """What process 0 keeps and shows of a run. It ends with summary.json, whatever is raised within it."""
 
-    def __init__(self, directory: Path, keep: int):
-        alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False, multiprocessing_options=alone)
-        self.directory, self.manager = directory, ocp.CheckpointManager(directory.resolve(), options=options)
-
-    def save(self, update: int, tree: Any, counters: dict[str, Any]) -> None:
-        """Begin to write arrays and a dictionary (JSON)."""
-        tree = jax.tree.map(np.asarray, jax.device_get(serialization.to_state_dict(tree)))
-        record = ocp.args.JsonSave({"sha256": params_sha256(tree), "counters": counters})
-        needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)), shutil.disk_usage(self.directory).free
-        with self.explained():
-            if free < needed:
-                raise OSError(f"the disk is full, {free} bytes are free and {needed} needed")
-            if update in self.manager.all_steps():  # one that could not be read
-                self.manager.delete(update)
-            items = ocp.args.Composite(state=ocp.args.StandardSave(tree), record=record)
-            self.manager.save(update, args=items, force=True)
-
-    def load(self) -> tuple[int, Any, dict[str, Any]] | None:
-        """(update, tree of dictionaries, counters) of the newest checkpoint that is whole."""
-        for update in sorted(self.manager.all_steps(), reverse=True):
-            try:
-                items = ocp.args.Composite(state=ocp.args.StandardRestore(), record=ocp.args.JsonRestore())
-                items = self.manager.restore(update, args=items)
-                if params_sha256(items.state) != items.record["sha256"]:
-                    raise ValueError("its bits are not those that were written")
-                return update, items.state, items.record["counters"]
-            except Exception as error:
-                reason = " ".join(str(error).split())[:200]
-                print(f"the checkpoint of update {update} cannot be read, trying an older one: {reason}", flush=True)
-        return None
-
-    def check(self) -> None:
-        """Raise RuntimeError if a checkpoint could not be written."""
-        with self.explained():
-            self.manager.check_for_errors()
-
-    def finish(self) -> None:
-        """Wait until all is written. Raises RuntimeError if it could not be."""
-        with self.explained():
-            self.manager.wait_until_finished()
-
-    def hint(self) -> str:
-        """How to go on with the run."""
-        newest = max((int(path.name) for path in self.directory.glob("[0-9]*") if path.name.isdigit()), default=None)
-        return f"go on from update {newest} with --resume {self.directory.parent}" if newest else "it has no checkpoint"
-
-    @contextmanager
-    def explained(self):
-        try:
-            yield
-        except Exception as error:
-            raise RuntimeError(f"a checkpoint could not be written, {self.hint()}: {error}") from error
-
-
-def checkpoint_due(args: Args, sizes: Sizes, update: int) -> bool:
-    """Whether a checkpoint is written after this update."""
-    return update == sizes.updates or update % (args.checkpoint_frequency or sizes.updates) == 0
-
-
-def resume(checkpoints: Checkpoints | None, peers: Peers, args: Args, tree: Any) -> tuple[int, Any, dict | None]:
-    """(update, tree, counters) of the newest checkpoint of process 0, on every process; (0, tree, None) if none.
-
-    Raises FlagError if it is of other arrays than `tree`, or if the run may not start afresh.
-    """
-    saved, shapes = None, lambda tree: jax.tree.map(np.shape, serialization.to_state_dict(tree))
-    if checkpoints and args.resume is not None and (saved := checkpoints.load()):
-        rule = "the network or the optimizer of the run to resume is another"
-        require(shapes(saved[1]) == shapes(tree), args, "resume", rule, f"{args.resume}-2 --start-fresh")
-    saved = saved and [saved[0], base64.b64encode(serialization.msgpack_serialize(saved[1])).decode(), saved[2]]
-    saved = peers.share(saved)[0]
-    if saved is None:
-        rule = "no checkpoint of the run can be read"
-        require(args.resume is None or args.start_fresh, args, "resume", rule, f"{args.resume} --start-fresh")
-        return 0, tree, None
-    update, text, counters = saved
-    return update, serialization.from_state_dict(tree, serialization.msgpack_restore(base64.b64decode(text))), counters
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the bits depend on."""
-    packages = ("jax", "jaxlib", "flax", "optax", "envpool", "numpy")
-    return {"python": platform.python_version()} | {name: package_version(name) for name in packages}
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def warn_if_endless(args: Args, network: nn.Module, params: Any, device: jax.Device) -> None:
-    """On a CPU, say so when the run would take more than a day, at 10 GFLOP/s a core (a gradient costs 3 passes)."""
-    if device.platform == "cpu":
-        obs = np.zeros((1, *env_spec(args)[0]), np.uint8)
-        flops = jax.jit(network.apply).lower(params, obs).cost_analysis()["flops"]
-        flops *= 1 + 3 * getattr(args, "update_epochs", 1)
-        days = args.total_timesteps * flops / (1e10 * num_cores()) / 86400
-        if days > 1:
-            command = f"python {Path(__file__).name} {CPU_FLAGS}"
-            print(f"On this CPU the run would take about {days:.0f} days. Made for a CPU: {command}", flush=True)
-
-
-def scalar_summary(scalars: dict[str, float]) -> Summary:
-    return Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
-
-
-class Report:
-    """What a person sees of a run: TensorBoard, the live line, summary.json."""
-
-    def __init__(self, args: Args, sizes: Sizes, devices: Devices, directory: Path, counters: dict[str, Any] | None):
-        self.args, self.sizes, self.devices, self.directory = args, sizes, devices, directory
-        counters = counters or dict(updates=0, episodes=0, scores=[], seconds=0.0, resumed_at=[], wandb_id=None)
-        self.updates, self.episodes, self.scores = counters["updates"], counters["episodes"], counters["scores"]
-        self.resumed_at = counters["resumed_at"] + [self.updates] * (self.updates > 0)
-        self.evaluation, self.wandb, self.wandb_id = None, None, counters["wandb_id"]
+    def __init__(self, args: Args, sizes: Sizes, devices: Devices, record: dict[str, Any]):
+        """Claim the run and open its logs. Raises FlagError."""
+        self.args, self.sizes, self.devices = args, sizes, devices
+        self.run, self.lock, self.data = claim_run(args, record)
+        self.kept = dict(updates=0, episodes=0, scores=[], seconds=0.0, resumed_at=[], wandb_id=None)
+        if self.data:
+            self.kept = json.loads(unpack(self.data)["kept"])
+            self.kept["resumed_at"].append(self.kept["updates"])
+        self.start, self.thread, self.games = time.perf_counter(), ThreadPoolExecutor(1), []
+        self.status = self.params = self.evaluation = self.wandb = self.writing = self.first = self.last = None
+        done, self.total = self.kept["updates"] * sizes.steps, sizes.updates * sizes.steps
         if args.track:
             import wandb
 
-            place = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=directory.name)
-            again = dict(id=self.wandb_id, resume="allow") if self.wandb_id else {}
-            self.wandb = wandb.init(**place, **again, sync_tensorboard=True, config=asdict(args), save_code=True)
-            self.wandb_id = self.wandb.id
-        done, total = self.updates * sizes.steps, sizes.updates * sizes.steps
-        self.writer = event_file_writer.EventFileWriter(str(directory))
+            place = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=self.run.name)
+            again = dict(id=self.kept["wandb_id"], resume="allow", sync_tensorboard=True)
+            self.wandb = wandb.init(**place, **again, config=asdict(args), save_code=True)
+            self.kept["wandb_id"] = self.wandb.id
+        self.writer = event_file_writer.EventFileWriter(str(self.run))
         # what a run wrote after the checkpoint that it is resumed from is written again: TensorBoard forgets the first
-        self.write(done + 1, session_log=SessionLog(status=SessionLog.START))
-        table = "\n".join(f"|{flag}|{value}|" for flag, value in asdict(args).items())
-        self.write(done + 1, summary=text_pb("hyperparameters", f"|flag|value|\n|-|-|\n{table}"))
-        line = "{percentage:3.0f}% {n_fmt}/{total_fmt} steps, {rate_fmt}, {remaining} left{postfix}"
-        self.bar = tqdm(total=total, initial=done, unit=" steps", disable=None, bar_format=line)
-        self.logged_at = self.steady_from = time.perf_counter()
-        self.start, self.steady_steps = self.logged_at - counters["seconds"], None  # steps before steady_from
-        self.logged, self.games, self.seconds = self.updates, [], defaultdict(float)  # since the last log
+        start = SessionLog(status=SessionLog.START)
+        self.writer.add_event(Event(wall_time=time.time(), step=done + 1, session_log=start))
+        if devices.learners[0].platform == "cpu" and self.total * np.prod(env_spec(args)[0]) > 1e11:
+            print("On a CPU this run takes days. README.md has commands that learn in minutes.", flush=True)
+        (self.run / "run.json").write_text(json.dumps(record, indent=2))
 
-    def write(self, step: int, **content: Any) -> None:
-        """Add one event to the TensorBoard log."""
-        self.writer.add_event(Event(wall_time=time.time(), step=step, **content))
+    def write(self, step: int, scalars: dict[str, Any]) -> None:
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
+        self.writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
 
-    def counters(self) -> dict[str, Any]:
-        """What another Report needs in order to go on after a log (JSON), which is then on disk."""
+    def save(self, update: int, tree: Any) -> None:
+        """Begin to write a checkpoint; all that is logged so far is then on disk too."""
+        self.finish()
         self.writer.flush()
-        names = ("updates", "episodes", "scores", "resumed_at", "wandb_id")
-        return {name: getattr(self, name) for name in names} | {"seconds": time.perf_counter() - self.start}
+        kept = json.dumps(self.kept | {"seconds": self.kept["seconds"] + time.perf_counter() - self.start})
+        content = {"update": update, "kept": kept, "state": serialization.to_state_dict(tree)}
 
-    def update(self, news: list, lag: int, seconds: dict[str, float], rate: float, metrics) -> None:
-        """Take in one update, and write it out if a log is due.
+        def write(content: dict[str, Any]) -> None:
+            write_file(self.run / "checkpoints" / f"{update}.msgpack", content)
+            for old in find_checkpoints(self.run)[: -self.args.keep_checkpoints]:
+                old.unlink()
 
-        news: what every process says, (preempted, (games, seconds) of each actor's delivery). `metrics` is still on the
-        device.
-        """
-        actors = [actor for _, deliveries in news for actor in deliveries]
-        self.updates += 1
-        if self.steady_steps is None:
-            self.steady_from, self.steady_steps = time.perf_counter(), self.updates * self.sizes.steps
-        games = [game for played, _ in actors for game in played]
-        self.episodes += len(games)
-        self.scores = [*self.scores, *(score for score, _ in games)][-100:]
-        self.games += games
-        for source, share in [(seconds, 1.0), *((spent, 1 / len(actors)) for _, spent in actors)]:
-            for name, value in source.items():
-                self.seconds[name] += value * share
-        waited, learned = self.seconds["rollout_queue_get_time"], self.seconds["training_time"]
-        part = "environments" if self.seconds["env_time"] > self.seconds["inference_time"] else "inference"
-        state = f"score {np.mean(self.scores):.1f}" if self.scores else "no game over yet"
-        state += f", learner waits {waited / (waited + learned):.0%} of the time for {part}"
-        self.bar.set_postfix_str(state, refresh=False)
-        self.bar.update(self.sizes.steps)
-        due = self.updates == 1 or self.updates % self.args.log_frequency == 0
-        if due or checkpoint_due(self.args, self.sizes, self.updates):
-            self.log(state, rate, lag, summarise(jax.device_get(metrics)))
+        self.writing = self.thread.submit(write, jax.device_get(content))
 
-    def log(self, state: str, rate: float, lag: int, losses: dict[str, float]) -> None:
-        now, step, rounds = time.perf_counter(), self.updates * self.sizes.steps, self.updates - self.logged
-        sps, recent = step / (now - self.start), rounds * self.sizes.steps / (now - self.logged_at)
-        charts = {"SPS": sps, "SPS_update": recent, "learning_rate": rate}
-        if self.games:
-            charts["avg_episodic_return"], charts["avg_episodic_length"] = np.mean(self.games, axis=0)
-        stats = {name: value / rounds for name, value in self.seconds.items()}
-        stats |= {"policy_lag": lag, "episodes": len(self.games)}
-        groups = {"charts": charts, "losses": losses, "stats": stats}
-        scalars = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
-        self.write(step, summary=scalar_summary(scalars))
-        if self.bar.disable:
-            share, left = step / self.bar.total, (self.bar.total - step) / sps
-            pace = f"{step}/{self.bar.total} steps, {sps:.0f} steps/s, {left:.0f} s left"
-            print(f"{share:4.0%} {pace}, {state}", flush=True)
-        self.games, self.logged, self.logged_at, self.seconds = [], self.updates, now, defaultdict(float)
+    def finish(self, wait: bool = True) -> None:
+        """Wait until the checkpoint is written, or only look. Raises RuntimeError if it could not be."""
+        if self.writing and (wait or self.writing.done()):
+            error, self.writing = self.writing.exception(), None
+            if error:
+                raise RuntimeError(f"a checkpoint could not be written: {error}") from error
 
-    def leave_model(self, network: nn.Module, params: Any, check: Callable) -> str:
-        """Write the model of --save-model and play its games; returns the run's status. check: `HandOff.check`."""
-        start = time.perf_counter()
-        save_model(self.directory / "model.msgpack", self.args, params)
+    def update(self, news: list, due: bool, lag: int, rate: float, times: Counter, metrics, params) -> None:
+        """Take in an update: `news` of all processes, the learner's `times`. Log it if that or a checkpoint is due."""
+        self.finish(wait=False)
+        kept, actors, self.params = self.kept, [actor for _, actors in news for actor in actors], params
+        games, now = [game for played, _ in actors for game in played], time.perf_counter()
+        kept["updates"], kept["episodes"] = kept["updates"] + 1, kept["episodes"] + len(games)
+        kept["scores"], self.games = [*kept["scores"], *(score for score, _ in games)][-100:], self.games + games
+        for _, spent in actors:
+            times.update({name: seconds / len(actors) for name, seconds in spent.items()})
+        step, total, log_frequency = kept["updates"] * self.sizes.steps, self.total, self.args.log_frequency
+        sps, recent = step / (kept["seconds"] + now - self.start), self.sizes.steps / (now - (self.last or self.start))
+        due, live = due or not self.first or kept["updates"] % log_frequency == 0, sys.stdout.isatty() and step < total
+        self.first, self.last = self.first or (now, step), now
+        if due:
+            charts = {"SPS": sps, "SPS_update": recent, "learning_rate": rate}
+            if self.games:
+                charts["avg_episodic_return"], charts["avg_episodic_length"] = np.mean(self.games, axis=0)
+            stats = {**times, "policy_lag": lag, "episodes": len(self.games)}
+            groups = {"charts": charts, "losses": summarise(jax.device_get(metrics)), "stats": stats}
+            self.write(step, {f"{group}/{name}": x for group, values in groups.items() for name, x in values.items()})
+            self.games = []
+        if due or live:
+            part = "environments" if times["env_time"] > times["inference_time"] else "inference"
+            waits = times["rollout_queue_get_time"] / (times["rollout_queue_get_time"] + times["training_time"])
+            score = f"score {np.mean(kept['scores']):.1f}" if kept["scores"] else "no game over yet"
+            pace = f"{step / total:4.0%} {step}/{total} steps, {sps:.0f} steps/s, {(total - step) / sps:.0f} s left"
+            line = f"{pace}, {score}, learner waits {waits:.0%} of the time for {part}"
+            print("\x1b[K" * live + line, end="\r" if live else "\n", flush=True)
+
+    def end(self, status: str, network: nn.Module, params: Any, sigterm: threading.Event) -> None:
+        """What follows the last update: the last checkpoint on disk, --save-model and its games."""
+        self.status, self.params = status, params
+        self.finish()
+        if self.args.save_model and status == "finished":
+            save_model(self.run / "model.msgpack", self.args, params)
+            scores = play_games(self.args, network, params, self.args.eval_episodes, sigterm)
+            self.evaluation = {"scores": scores, "mean": float(np.mean(scores)), "std": float(np.std(scores))}
+            self.write(self.kept["updates"] * self.sizes.steps, {"eval/episodic_return": np.mean(scores)})
+            print(f"model: {self.run}/model.msgpack, mean score of {len(scores)} games {np.mean(scores):.2f}")
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Flush everything, write summary.json and print its gist and, if not finished, how to go on."""
+        if kind is FlagError:  # which leaves the run that was to be resumed as it was
+            return self.lock.close()
+        if kind is not None:
+            self.status = {KeyboardInterrupt: "interrupted", SystemExit: "preempted"}.get(kind, "failed")
+        with suppress(RuntimeError):  # told already
+            self.finish()
+        kept, end, mesh = self.kept, time.perf_counter(), self.devices.mesh
+        steps, seconds, scores = kept["updates"] * self.sizes.steps, kept["seconds"] + end - self.start, kept["scores"]
+        first, at = self.first or (end, steps)
+        devices = {"actors": dict.fromkeys(self.devices.actors.values()), "learners": mesh.devices}
+        self.summary = {"run_name": self.run.name, "status": self.status, "args": asdict(self.args), **kept}
+        self.summary |= {"versions": VERSIONS, "processes": mesh.size // len(self.devices.learners)}
+        self.summary |= {"devices": {part: list(map(str, own)) for part, own in devices.items()}, "global_step": steps}
+        self.summary |= {"seconds": seconds, "sps": steps / seconds, "evaluation": self.evaluation}
+        self.summary["sps_steady"] = (steps - at) / (end - first) if steps > at else None
+        mean, std = (float(f(scores)) if scores else None for f in (np.mean, np.std))
+        sha256 = None if self.params is None else params_sha256(self.params)
+        self.summary |= {"mean_score": mean, "std_score": std, "params_sha256": sha256}
         try:
-            scores = play_games(self.args, network, params, self.args.eval_episodes, check=check)
-        except Stopped:
-            return "preempted"
-        finally:  # training has ended, its time too
-            self.start, self.steady_from = (at + time.perf_counter() - start for at in (self.start, self.steady_from))
-        self.evaluation = {"scores": scores, "mean": float(np.mean(scores)), "std": float(np.std(scores))}
-        scalars = {"eval/episodic_return": self.evaluation["mean"]}
-        self.write(self.updates * self.sizes.steps, summary=scalar_summary(scalars))
-        games = f"mean score of {len(scores)} games {np.mean(scores):.2f}"
-        print(f"model: {self.directory}/model.msgpack, {games}", flush=True)
-        return "finished"
-
-    def close(self, status: str, params: Any, hint: str) -> dict[str, Any]:
-        """Flush everything, write summary.json and print its gist and, if not finished, the hint how to go on."""
-        now, steps, scores = time.perf_counter(), self.updates * self.sizes.steps, self.scores
-        steady = steps - (self.steady_steps or steps)
-        actors, _, mesh, *_ = self.devices
-        summary = {
-            "run_name": self.directory.name,
-            "status": status,
-            "args": asdict(self.args),
-            "versions": versions(),
-            "processes": mesh.size // len(self.devices.learners),
-            "devices": {"actors": list(map(str, actors)), "learners": list(map(str, mesh.devices))},
-            "global_step": steps,
-            "updates": self.updates,
-            "seconds": now - self.start,
-            "sps": steps / (now - self.start),
-            "sps_steady": steady / (now - self.steady_from) if steady else None,
-            "episodes": self.episodes,
-            "mean_score": float(np.mean(scores)) if scores else None,
-            "std_score": float(np.std(scores)) if scores else None,
-            "evaluation": self.evaluation,
-            "resumed_at": self.resumed_at,
-            "params_sha256": params_sha256(params),
-        }
-        self.bar.close()
-        try:
-            write_json(self.directory / "summary.json", summary)
+            (self.run / "summary.json").write_text(json.dumps(self.summary, indent=2))
             self.writer.close()
-        except OSError as error:  # a full disk must not hide what it made fail
-            print(f"summary.json or the log could not be written: {error}", flush=True)
+        except OSError as failure:  # a full disk must not hide what it made fail
+            print(f"summary.json or the log could not be written: {failure}", flush=True)
         if self.wandb is not None:
-            self.wandb.finish(exit_code=int(status != "finished"))
-        games = f"{self.episodes} games" + (f", mean score {np.mean(scores):.2f}" if scores else "")
-        pace = f"{steps} steps in {summary['seconds']:.0f} s, {summary['sps']:.0f} steps/s"
-        print(f"{status}: {pace}, {games}; {self.directory}/summary.json")
-        if status != "finished":
-            print(hint)
-        print(f"params sha256: {summary['params_sha256']}", flush=True)
-        return summary
+            self.wandb.finish(exit_code=int(self.status != "finished"))
+        games = f"{kept['episodes']} games" + (f", mean score {mean:.2f}" if scores else "")
+        pace = f"{steps} steps in {seconds:.0f} s, {steps / seconds:.0f} steps/s"
+        print(f"{self.status}: {pace}, {games}; {self.run}/summary.json")
+        if self.status != "finished":
+            newest = find_checkpoints(self.run)[-1:]
+            print(f"go on from update {newest[0].stem} with --resume {self.run}" if newest else "it has no checkpoint")
+        print(f"params sha256: {sha256}", flush=True)
+        self.lock.close()
 
 
-# === §10 Train, evaluate, main [shared] ===============================================================================
-
-
-def start_actors(args: Args, sizes: Sizes, devices: Devices, policy, handoff: HandOff, key, updates: range) -> list:
-    """One thread for every actor of this process."""
-    env_threads = args.env_threads or max(1, num_cores() // sizes.actors)
-    threads = []
-
-    def make_envs(generation: int, first: int) -> Envs:
-        return Envs(make_env(args, env_seeds(args.seed, generation, first, args.local_num_envs), env_threads))
-
-    for i, actor_id in enumerate(handoff.params):
-        own_envs = partial(make_envs, first=actor_id * args.local_num_envs)
-        here = i * args.local_num_envs  # the first environment's number within this process
-        to_learner = partial(ship, first_env=here, shard_envs=sizes.shard_envs, devices=devices)
-        own_key = jax.device_put(key, devices.actors[i // args.num_actor_threads])  # away from the learner's queue
-        actor = (actor_id, own_envs, policy, to_learner, handoff, own_key, args, updates)
-        threads.append(threading.Thread(target=run_actor, args=actor, name=f"actor {actor_id}", daemon=True))
-        threads[-1].start()
-    return threads
-
-
-@contextmanager
-def caught_signals(handoff: HandOff):
-    """Let Ctrl-C end the run at its next wait, SIGTERM after this update, and a second one at once.
-
-    A handler that raises does not do: raised inside a callback of the garbage collector, an exception is lost.
-    """
-
-    def handle(number, frame):
-        signal.signal(number, previous[number])
-        if number == signal.SIGINT:
-            handoff.fail(KeyboardInterrupt())
-        else:
-            handoff.preempted.set()
-
-    main_thread = threading.current_thread() is threading.main_thread()
-    previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM) if main_thread}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
+# === §13 Models, games, main [shared] =================================================================================
 EVALUATION = 2**32 - 1  # the generation of evaluation's seeds; those of training count from 0
 
 
-def play_games(args: Args, network, params, episodes: int, greedy=False, check=lambda: None) -> list[float]:
-    """Scores of whole games, the first of each of `episodes` environments, so that short games do not count double.
-
-    Actions are sampled from the policy, or its most probable ones if `greedy`. check: called at every step.
-    """
+def play_games(args: Args, network, params, episodes: int, stopped=None) -> list[float]:
+    """Scores of whole games, the first of each of `episodes` environments, so that short games do not count double."""
     envs = Envs(make_env(args, env_seeds(args.seed, EVALUATION, 0, episodes), num_cores()))
-    key, scores = jax.random.key(args.seed), {}
-
-    @jax.jit
-    def act(params, obs, key, step):
-        logits, _ = network.apply(params, obs)
-        return logits.argmax(1) if greedy else jax.random.categorical(jax.random.fold_in(key, step), logits)
-
+    (act, _), key, scores = make_policy(network), jax.random.key(args.seed), {}
     for step in count():
-        check()
-        envs.step(jax.device_get(act(params, envs.obs, key, step)).astype(np.int32))
+        envs.step(jax.device_get(act(params, envs.obs, key, step).action))
         for i, (score, _) in zip(np.flatnonzero(envs.over).tolist(), envs.pop_games(), strict=True):
             scores.setdefault(i, score)
+        if stopped and stopped.is_set():
+            sys.exit(128 + signal.SIGTERM)
         if len(scores) == episodes:
-            envs.close()
             return [scores[i] for i in range(episodes)]
 
 
 def save_model(path: Path, args: Args, params: Any) -> None:
-    """Write flags and parameters to one file (Flax serialization)."""
-    content = {"script": Path(__file__).stem, "args": json.dumps(asdict(args))}
-    content["params"] = serialization.to_state_dict(jax.device_get(params))
-    path.write_bytes(serialization.msgpack_serialize(content))
+    """Write flags and parameters to one file."""
+    params = serialization.to_state_dict(jax.device_get(params))
+    write_file(path, {"script": Path(__file__).stem, "args": json.dumps(asdict(args)), "params": params})
 
 
 def load_model(path: Path) -> tuple[Args, nn.Module, Any]:
-    """Flags, network and parameters of a file that `save_model` wrote."""
-    content = serialization.msgpack_restore(path.read_bytes())
-    flags = json.loads(content["args"])
-    args = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()})
-    return args, ActorCritic(env_spec(args)[1], args.channels, args.hiddens), content["params"]
-
-
-def train(args: Args) -> dict[str, Any]:
-    """One whole run; returns what summary.json says. Raises FlagError before anything is built."""
-    rank, size, address = find_processes(args)
-    sizes = check_args(args, size)
-    env_spec(args)
-    handoff = HandOff(range(rank * sizes.actors, (rank + 1) * sizes.actors), args.concurrency)
-    with Peers(rank, size, address, args.peer_timeout, handoff.fail) as peers:
-        peers.connect()
-        peers.agree(args)
-        peers.start_jax({*args.actor_device_ids, *args.learner_device_ids})
-        devices, record = find_devices(args, peers), describe(args, size * sizes.actors)
-        with open_run(args, record) if rank == 0 else nullcontext() as directory:
-            return run(args, sizes, devices, handoff, peers, directory, record)
-
-
-def make_state(args: Args, sizes: Sizes, device: jax.Device, key) -> tuple[nn.Module, TrainState, Callable]:
-    """The network, what is learned, and the learning rate of every update."""
-    obs_shape, num_actions = env_spec(args)
-    network = ActorCritic(num_actions, args.channels, args.hiddens)
-    quick = {"xla_backend_optimization_level": 0}  # runs once: the default would compile for seconds
-    params = jax.jit(network.init, compiler_options=quick)(key, np.zeros((1, *obs_shape), np.uint8))
-    optimizer, learning_rate = make_optimizer(args, sizes)
-    state = TrainState.create(apply_fn=network.apply, params=params, tx=optimizer)
-    return network, jax.device_put(state, device), learning_rate
-
-
-def give_params(handoff: HandOff, devices: Devices, version: int, params: Any) -> None:
-    """Give every actor of this process one token, with the parameters on its own device."""
-    copies = [jax.device_put(params, device) for device in devices.actors]
-    for i, actor_id in enumerate(handoff.params):
-        handoff.give_params(actor_id, version, copies[i * len(copies) // len(handoff.params)])
-
-
-def run(args: Args, sizes: Sizes, devices: Devices, handoff: HandOff, peers: Peers, directory, record) -> dict:
-    """What this process does of a run. Process 0 has the directory and returns the summary, the others the status."""
-    actor_key, learner_key, params_key = jax.random.split(jax.random.key(args.seed), 3)
-    learner_key = jax.device_put(learner_key, devices.learners[0])
-    network, state, learning_rate = make_state(args, sizes, devices.learners[0], params_key)
-    peers.agree_on("initial parameters", params_sha256(state.params))
-    checkpoints = Checkpoints(directory / "checkpoints", args.keep_checkpoints) if directory else None
-    done, (state, previous), counters = resume(checkpoints, peers, args, (state, state.params))
-    if directory:
-        write_json(directory / "run.json", record)
-    states = [jax.device_put(state, device) for device in devices.learners]
-    learn = make_update(args, network, devices, sizes, handoff.wait_until_ready)
-    report = Report(args, sizes, devices, directory, counters) if directory else None
-    if report:
-        warn_if_endless(args, network, state.params, devices.learners[0])
-    updates, status, actors = range(done + 1, sizes.updates + 1), "finished", []
-
-    try:
-        with caught_signals(handoff):
-            actors += start_actors(args, sizes, devices, make_policy(network), handoff, actor_key, updates)
-            if args.concurrency:
-                give_params(handoff, devices, max(0, done - 1), previous)
-            give_params(handoff, devices, done, states[0].params)
-            for update in updates:
-                seconds = defaultdict(float)
-                with timed(seconds, "rollout_queue_get_time"):
-                    deliveries = handoff.get_rollouts(update)
-                with timed(seconds, "training_time"):
-                    updated = learn(states, assemble(deliveries), jax.random.fold_in(learner_key, update))
-                    handoff.wait_until_ready(updated)
-                previous, (states, metrics) = states[0].params, updated
-                give_params(handoff, devices, update, states[0].params)
-                news = peers.share([handoff.preempted.is_set(), [(d.games, d.seconds) for d in deliveries]])
-                if report:
-                    report.update(news, update - 1 - deliveries[0].version, seconds, learning_rate(update), metrics)
-                    checkpoints.check()
-                    if checkpoint_due(args, sizes, update):
-                        checkpoints.save(update, (states[0], previous), report.counters())
-                if any(preempted for preempted, _ in news) and update < sizes.updates:
-                    status = "preempted"
-                    break
-            if report:
-                checkpoints.finish()
-            if report and args.save_model and status == "finished":
-                status = report.leave_model(network, states[0].params, handoff.check)
-        peers.agree_on("final parameters", params_sha256(states[0].params))
-    except BaseException as error:
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        raise
-    finally:
-        handoff.stop()
-        for actor in actors:
-            actor.join(2 if status == "failed" else None)  # it hangs if its device waits for a process that is gone
-        summary = {"status": status}
-        if report:
-            with suppress(RuntimeError):  # told already
-                checkpoints.finish()
-            summary = report.close(status, states[0].params, checkpoints.hint())
-    return summary
+    """Flags, network and parameters of a file that `save_model` wrote. Raises ValueError if a bit of it has changed."""
+    content = unpack(path.read_bytes())
+    args = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(content["args"]).items()})
+    return args, make_network(args), content["params"]
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_gpu_deterministic_ops" not in flags:  # read when the backend starts, that is by the first JAX call
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
-    leave = os._exit  # a thread may still wait inside XLA, and Python's own way out would abort over it
+    args, sigterm = tyro.cli(Args, description=__doc__), threading.Event()
+    # read when the backend starts, that is by the first JAX call; a flag of the user's comes later and wins
+    os.environ["XLA_FLAGS"] = f"--xla_gpu_deterministic_ops=true {os.environ.get('XLA_FLAGS', '')}".strip()
+
+    def on_sigterm(number, frame):
+        if sigterm.is_set():
+            signal.alarm(1)  # the most that a summary may take
+            raise SystemExit(128 + number)
+        sigterm.set()
+        os.write(2, b"SIGTERM: the run ends after this update, at a second one at once\n")
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+    code = 1
     try:
-        code = 128 + signal.SIGTERM if train(args)["status"] == "preempted" else 0
-        leave = sys.exit
+        code = 128 + signal.SIGTERM if train(args, sigterm)["status"] == "preempted" else 0
     except FlagError as error:
-        print(f"error: {error}", file=sys.stderr)
         code = 2
-        leave = os._exit if jax.distributed.is_initialized() else sys.exit
-    except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
-    except BaseException as error:
-        if not isinstance(error, PeerError):
-            traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code:
-        leave(code)
+        print(f"error: {error}", file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit) as error:
+        code = getattr(error, "code", 128 + signal.SIGINT)
+    except BaseException:
+        traceback.print_exc()
+    # after a failure a thread may still wait inside XLA, and Python's own way out would abort over it
+    (os._exit if code in (1, 128 + signal.SIGINT) else sys.exit)(code)
 
 
 if __name__ == "__main__":

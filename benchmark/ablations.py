@@ -153,7 +153,7 @@ def load(path: Path, patches: dict[str, str]) -> ModuleType:
 
 def play_unlimited(script: ModuleType, args: Any, params: Any, game: dict[str, int]) -> float:
     """Mean points that sampled actions score in 200 steps of 64 games without a time limit, until each ends."""
-    network, pool = script.ActorCritic(3, args.channels, args.hiddens), Catch(list(range(64)), **game)
+    network, pool = script.make_network(args), Catch(list(range(64)), **game)
     act = jax.jit(lambda p, obs, key: jax.random.categorical(key, network.apply(p, obs)[0]))
     (obs, _), points, alive = pool.reset(), np.zeros(64), np.ones(64, bool)
     for t in range(200):
@@ -170,8 +170,8 @@ def run(job: tuple[Path, int, bool, int, int]) -> dict[str, Any]:
     script = load(path, {} if fixed else ablation.patches)
     script.env_spec = lambda args: ((4, SIZE, SIZE), 3)
     script.make_env = lambda args, seeds, threads: pools.append(Catch(seeds, **ablation.game)) or pools[-1]
-    close = script.Report.close
-    script.Report.close = lambda report, status, last, hint: params.append(last) or close(report, status, last, hint)
+    end = script.Report.end  # whose arguments are status, network, parameters, sigterm
+    script.Report.end = lambda report, *last: params.append(last[2]) or end(report, *last)
     tuned = TUNED[hasattr(script, "ppo_loss")] | ablation.flags[not fixed]
     args = script.Args(**FLAGS, **tuned, seed=seed, total_timesteps=steps, log_frequency=10**6)
     os.chdir(tempfile.mkdtemp(prefix="cleanba-ablation-"))

@@ -25,7 +25,6 @@ from unittest.mock import patch
 import jax
 import numpy as np
 import tyro
-from flax import serialization
 
 
 @dataclass(frozen=True)
@@ -101,17 +100,16 @@ def find_model(script: ModuleType, path: Path) -> Model:
     if not path.exists() and len(path.parts) == 1:
         path = Path("runs") / path
     file = path / "model.msgpack" if path.is_dir() else path
-    checkpoints = path / "checkpoints"
     rule = "there is no such file or run, or nothing in it yet; a run writes a model with --save-model"
-    found = file.is_file() or any(checkpoints.glob("[0-9]*"))
+    found = file.is_file() or script.find_checkpoints(path)
     require(found, "model", path, rule, "runs/NAME/model.msgpack")
     name = Path(script.__file__).name
     try:
         if file.is_file():
-            trained_by = serialization.msgpack_restore(file.read_bytes())["script"]
+            trained_by = script.unpack(file.read_bytes())["script"]
             model = Model(str(file), file.parent, trained_by, *script.load_model(file))
         else:
-            model = load_checkpoint(script, path)
+            model = checkpoint_model(script, path)
         obs = np.zeros((1, *script.env_spec(model.args)[0]), np.uint8)
         wanted = jax.eval_shape(model.network.init, jax.random.key(0), obs)
     except Exception as error:  # whatever a foreign or broken file makes the libraries raise
@@ -125,19 +123,27 @@ def find_model(script: ModuleType, path: Path) -> Model:
     return model
 
 
-def load_checkpoint(script: ModuleType, run: Path) -> Model:
+def checkpoint_model(script: ModuleType, run: Path) -> Model:
     """The newest whole checkpoint of a run."""
     record = json.loads((run / "run.json").read_text())
     flags = record["args"]
     args = script.Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()})
-    saved = script.Checkpoints(run / "checkpoints", 1).load()
-    if saved is None:
+    data = script.load_checkpoint(run)
+    if not data:
         raise ValueError("no checkpoint can be read")
-    update, tree, _ = saved
-    network = script.ActorCritic(script.env_spec(args)[1], args.channels, args.hiddens)
-    return Model(
-        f"{run}, checkpoint of update {update}", run, record["around"]["script"], args, network, tree["0"]["params"]
-    )
+    content = script.unpack(data)
+    source, params = f"{run}, checkpoint of update {content['update']}", content["state"]["0"]["params"]
+    return Model(source, run, record["around"]["script"], args, script.make_network(args), params)
+
+
+class Greedy(NamedTuple):
+    """Stands in for a network: its most probable action, the first of equals, has all the probability."""
+
+    network: Any
+
+    def apply(self, params, obs):
+        logits, value = self.network.apply(params, obs)
+        return 1e9 * jax.nn.one_hot(logits.argmax(1), logits.shape[1]), value  # sampling adds noise far below that
 
 
 @contextmanager
@@ -239,7 +245,7 @@ def write_upload(script: ModuleType, model: Model, options: Options, scores: lis
     replay = f"uv run benchmark/evaluate.py agent/{name} agent/model.msgpack --episodes {options.episodes}"
     replay += " --greedy" * options.greedy + (f" --seed {options.seed}" if options.seed is not None else "")
     fields = dict(metadata=metadata.to_yaml(), script=Path(name).stem, game=game, result=result, sha256=sha256)
-    versions = ", ".join(f"{package} {version}" for package, version in script.versions().items())
+    versions = ", ".join(f"{package} {version}" for package, version in script.VERSIONS.items())
     card = CARD.format(**fields, repo=options.upload, replay=replay, versions=versions)
     (folder / "README.md").write_text(card)
     own = ["README.md", "model.msgpack", *(to for to, source in sources.items() if source is not None)]
@@ -270,8 +276,9 @@ def evaluate(options: Options) -> list[float]:
     folder = model.directory / "upload"
     if options.upload is not None:
         folder.mkdir(exist_ok=True)  # fails here, and not after the games
+    network = Greedy(model.network) if options.greedy else model.network
     with filmed(script, options.video) if options.video else nullcontext():
-        scores = script.play_games(args, model.network, model.params, options.episodes, options.greedy)
+        scores = script.play_games(args, network, model.params, options.episodes)
     print(summarise(options, scores))
     if options.video is not None:
         print(f"video: {options.video}, the first of these games, score {scores[0]:g}")

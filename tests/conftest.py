@@ -49,11 +49,6 @@ def script(request):
     return load(request.param)
 
 
-def alone(script):
-    """The peers of a process without any."""
-    return script.Peers(0, 1, "", 1, None)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def compiled_programs():
     os.environ["CLEANBA_TEST_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"]  # for tests that start Python
@@ -71,12 +66,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def hang_up(connection) -> None:
-    """Close a connection that another thread reads from."""
-    with socket.socket(fileno=os.dup(connection.fileno())) as wire:
-        wire.shutdown(socket.SHUT_RDWR)
 
 
 class Launcher:
@@ -104,11 +93,15 @@ class Launcher:
         assert summary["status"] == "finished"
         return summary
 
-    def start_processes(self, script, *flags: str, differing=None, address="", count=2) -> list[subprocess.Popen]:
-        """`count` processes of one run on this machine; differing: {number of a process: its own further flags}."""
-        common = [*flags, "--coordinator-address", address or f"127.0.0.1:{free_port()}", "--num-processes", str(count)]
-        own = lambda i: ["--process-id", str(i), *(differing or {}).get(i, [])]
-        return [self.start(script, *common, *own(i), PYTHONUNBUFFERED="1") for i in range(count)]
+    def start_processes(self, script, *flags: str, differing={}, environments={}, count=2, ranks=None) -> list:  # noqa: B006
+        """`count` processes of one run on this machine, or those of `ranks`.
+
+        differing, environments: {number of a process: its own further flags, variables}.
+        """
+        common = [*flags, "--coordinator-address", f"127.0.0.1:{free_port()}", "--num-processes", str(count)]
+        own = lambda i: ["--process-id", str(i), *differing.get(i, [])]
+        environment = lambda i: {"PYTHONUNBUFFERED": "1"} | environments.get(i, {})
+        return [self.start(script, *common, *own(i), **environment(i)) for i in ranks or range(count)]
 
     def run_all(self, script, *runs: list[str]) -> list[dict]:
         """Summaries of runs given by their flags."""

@@ -77,6 +77,19 @@ def test_a_patch_takes_the_fix_out(script, ablation):
             ablations.load(path, {"nowhere": ""})
 
 
+@conftest.one_fast
+def test_a_run_that_plays_on_with_the_last_parameters(script, monkeypatch, tmp_path):
+    """As only the game with a time limit does. What a worker does to its process is taken back."""
+    (index,) = (i for i, ablation in enumerate(ablations.ABLATIONS) if "limit" in ablation.game)
+    monkeypatch.setattr(ablations.tempfile, "tempdir", str(tmp_path))
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(ablations.sys, name, None)
+    monkeypatch.setitem(ablations.sys.modules, script.__name__, script)
+    row = ablations.run((conftest.ROOT / f"{script.__name__}.py", index, False, 1, 2048))
+    assert (row["script"], row["fixed"]) == (script.__name__, False)
+    assert row["score"] > row["score_of_all_games"] > 0  # it can last longer
+
+
 def test_no_text_of_a_patch_is_out_of_date():
     """Where a patch names texts that only one algorithm has, each is still in a script."""
     scripts = [(conftest.ROOT / f"{name}.py").read_text() for name in conftest.SCRIPTS]

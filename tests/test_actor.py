@@ -1,8 +1,10 @@
 """The actor against a pool whose observations say where they come from."""
 
+import gc
+import threading
+import weakref
 from collections import defaultdict
 
-import conftest
 import jax
 import numpy as np
 import pytest
@@ -65,19 +67,26 @@ def test_games_count_each_step_once(script, counting_pool):
     assert envs.pop_games() == []
 
 
-def test_actions_depend_on_actor_and_update_alone(script, counting_pool):
-    """Uniform logits: actions are pure chance, drawn from (actor, update) and from nothing that came before."""
+def played(script, monkeypatch, pool, actor_id, updates):
+    """What one actor delivers for `updates`, under uniform logits."""
     network = type("Network", (), {"apply": lambda self, params, obs: (np.zeros((len(obs), 6)), np.zeros(len(obs)))})()
+    monkeypatch.setattr(script, "make_env", lambda args, seeds, num_threads: pool(len(seeds)))
+    monkeypatch.setattr(script, "ship", lambda rollout, *where: rollout)
+    args, sizes = script.Args(num_steps=8, local_num_envs=4, num_actor_threads=1), script.Sizes(1, 32, 1, 8)
+    devices = script.Devices({actor_id: jax.devices()[0]}, None, None, None, None)
+    handoff = script.HandOff(devices.actors, False)
+    with script.playing(args, sizes, devices, script.make_policy(network), handoff, jax.random.key(0), updates):
+        for update in updates:
+            handoff.give_params(update - 1, {})
+            yield handoff.get_rollouts(update)[0]
 
-    args = script.Args(num_steps=8)
+
+def test_actions_depend_on_actor_and_update_alone(script, counting_pool, monkeypatch):
+    """Actions are pure chance, drawn from (actor, update) and from nothing that came before."""
 
     def actions(actor_id, updates):
-        handoff = script.HandOff([actor_id], False)
-        for update in updates:
-            handoff.give_params(actor_id, update - 1, {})
-        make_envs, key = lambda generation: script.Envs(counting_pool(4)), jax.random.key(0)
-        script.run_actor(actor_id, make_envs, script.make_policy(network), lambda r: r, handoff, key, args, updates)
-        return [handoff.get_rollouts(update)[0].rollout.behaviour.action for update in updates]
+        deliveries = played(script, monkeypatch, counting_pool, actor_id, updates)
+        return [delivery.rollout.behaviour.action for delivery in deliveries]
 
     first, second = actions(0, range(1, 3))
     assert (second == actions(0, range(2, 3))[0]).all()
@@ -85,21 +94,29 @@ def test_actions_depend_on_actor_and_update_alone(script, counting_pool):
     assert not (first == actions(1, range(1, 2))[0]).all()
 
 
-def test_a_stopped_actor_closes_its_pool(script, counting_pool):
-    handoff, closed = script.HandOff([0], False), []
+def test_an_actor_that_is_stopped_ends(script, counting_pool, monkeypatch):
+    """In the middle of a rollout, and while it waits for parameters; with it goes its pool."""
+    pools = []
+    make = lambda num_envs: pools.append(weakref.ref(pool := counting_pool(num_envs))) or pool
+    for delivery in played(script, monkeypatch, make, 0, range(1, 9)):
+        assert delivery.version == 0
+        break  # leaves the actor waiting
+    gc.collect()
+    assert [thread for thread in threading.enumerate() if thread.name.startswith("actor")] == []
+    assert [pool() for pool in pools] == [None]
+    stopped = threading.Event()
+    stopped.set()
     envs = script.Envs(counting_pool(2))
-    envs.close = lambda: closed.append(True)
-    handoff.stop()
-    actor = (0, lambda generation: envs, counting_policy(script), None, handoff, jax.random.key(0))
-    script.run_actor(*actor, script.Args(num_steps=4), range(1, 9))
-    assert closed == [True]
+    with pytest.raises(SystemExit):
+        script.collect(envs, counting_policy(script), {}, jax.random.key(0), 4, defaultdict(float), stopped)
+    assert envs.pool.log == []
 
 
 @pytest.mark.parametrize("shard_envs", [1, 2, 3, 4, 6, 12])
 def test_pieces_come_together_as_they_were(script, shard_envs):
     """Two actors of 6 environments; shards smaller than, larger than and across actors."""
-    args = script.Args(num_shards=12 // shard_envs, local_num_envs=6, num_minibatches=1)
-    devices = script.find_devices(args, conftest.alone(script))
+    args = script.Args(num_shards=12 // shard_envs, local_num_envs=6, num_actor_threads=2, num_minibatches=1)
+    _, devices, _ = script.set_up(args)
     batch = np.arange(3 * 12).reshape(3, 12)
     rollout = lambda x: script.Rollout(**dict.fromkeys(script.Rollout._fields, x))
     deliveries = [

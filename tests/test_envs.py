@@ -49,15 +49,14 @@ def test_spec_agrees_with_the_pool(script):
     envs = script.Envs(pool)
     assert envs.obs.shape == (2, *shape) == (2, 4, 42, 42)
     assert pool.action_space.n == actions
-    envs.close()
 
 
-def test_close_ends_the_threads(script):
+def test_a_pool_that_is_dropped_ends_its_threads(script):
     threads = lambda: len(os.listdir("/proc/self/task"))
     before = threads()
     envs = script.Envs(script.make_env(script.Args(img_size=42), [1, 2, 3], 3))
     assert threads() >= before + 3
-    envs.close()
+    del envs
     assert threads() <= before
 
 

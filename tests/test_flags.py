@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import conftest
+import jax
 import pytest
 import tyro
 
@@ -23,7 +24,7 @@ BAD = [
     "--num-minibatches 0",
     "--gradient-accumulation-steps 7",
     "--local-num-envs 0",
-    "--learner-device-ids 0 1 2 --num-shards 4",
+    "--num-shards 4 --learner-device-ids 0 1 2",
     "--channels",
     "--hiddens 0",
     "--img-size 4",
@@ -35,13 +36,6 @@ BAD = [
     "--seed -1",
     "--env-threads -1",
     "--log-frequency 0",
-    "--coordinator-address 10.0.0.1 --num-processes 2 --process-id 0",
-    "--coordinator-address 10.0.0.1:0 --num-processes 2 --process-id 0",
-    "--coordinator-address None --distributed",
-    "--num-processes None --coordinator-address 10.0.0.1:9876 --process-id 0",
-    "--num-processes 0 --coordinator-address 10.0.0.1:9876 --process-id 0",
-    "--process-id 2 --coordinator-address 10.0.0.1:9876 --num-processes 2",
-    "--num-shards 4 --coordinator-address 10.0.0.1:9876 --num-processes 3 --process-id 0",
     "--peer-timeout 0",
 ]
 FLOATS = {"learning-rate": float, "gamma": float, "max-grad-norm": float, "ent-coef": float}
@@ -49,7 +43,7 @@ FLOATS = {"learning-rate": float, "gamma": float, "max-grad-norm": float, "ent-c
 
 @pytest.mark.parametrize("line", BAD)
 def test_bad_flag(script, line, monkeypatch, capsys):
-    for name in ("make_env", "start_actors", "make_update", "ActorCritic"):
+    for name in ("make_env", "playing", "make_update", "ActorCritic"):
         monkeypatch.setattr(script, name, lambda *_: pytest.fail("built something before the flags were checked"))
     monkeypatch.setattr(script.os, "_exit", lambda code: pytest.fail("took the flags"))
     monkeypatch.setattr(sys, "argv", ["script", *line.split()])
@@ -59,17 +53,39 @@ def test_bad_flag(script, line, monkeypatch, capsys):
     message = capsys.readouterr().err.strip()
     flag, *value = line.split(" --")[0].split()
     shown = " ".join(str(FLOATS.get(flag[2:], str)(v)) for v in value) or "(empty)"
-    shown = "(not given)" if shown == "None" else shown
     assert message.startswith(f"error: {flag} {shown}: ")
     assert "\n" not in message
     # the value that works, works
     remedy = message.split("For example: ")[1].split()
     rest = [word for part in line.split(" --")[1:] for word in f"--{part}".split()]
-    args = tyro.cli(script.Args, args=[*rest, *remedy])
-    if "--distributed" not in line:
-        script.check_args(args, script.find_processes(args)[1])
-    script.env_spec(args)
-    script.find_devices(args, conftest.alone(script))
+    script.set_up(tyro.cli(script.Args, args=[*rest, *remedy]))
+
+
+ONE_OF_MANY = "--coordinator-address 10.0.0.1:9876 --num-processes 2 --process-id 0"
+BAD_PLACES = [
+    "--coordinator-address 10.0.0.1 --num-processes 2 --process-id 0",
+    "--distributed",
+    "--num-processes 2 --process-id 0",
+    "--num-processes 0 --coordinator-address 10.0.0.1:9876 --process-id 0",
+    "--process-id 2 --coordinator-address 10.0.0.1:9876 --num-processes 2",
+]
+
+
+@pytest.mark.parametrize("line", BAD_PLACES)
+def test_a_place_among_processes_that_cannot_be(script, line, monkeypatch):
+    """Told before any other process is waited for."""
+    monkeypatch.setattr(jax._src.xla_bridge, "backends_are_initialized", lambda: False)
+    monkeypatch.setattr(jax._src.distributed._jax, "get_distributed_runtime_service", pytest.fail)
+    args = tyro.cli(script.Args, args=line.split())
+    with pytest.raises(script.FlagError, match=rf"^--coordinator-address .*For example: {ONE_OF_MANY}$"):
+        script.join(args)
+
+
+def test_many_processes_need_shards_for_all(script):
+    """A shard is not divided between two learner devices, of whatever process."""
+    with pytest.raises(script.FlagError, match=r"--num-shards 4: .* a multiple of the 3 learner devices"):
+        script.check_args(script.Args(num_shards=4), 3)
+    assert script.check_args(script.Args(num_shards=12), 3).steps == 3 * script.check_args(script.Args()).steps
 
 
 def test_a_bad_flag_is_quick(script, launcher):
@@ -86,7 +102,7 @@ def test_a_bad_flag_is_quick(script, launcher):
 
 def test_track_without_wandb(script, monkeypatch):
     monkeypatch.setattr(script, "find_spec", lambda name: None)
-    with pytest.raises(script.FlagError, match="pip install wandb"):
+    with pytest.raises(script.FlagError, match=r"--track True: .*pip install wandb.*uv run --with wandb"):
         script.check_args(script.Args(track=True))
 
 
@@ -113,8 +129,7 @@ def test_flags_of_the_readme_are_valid(script):
     assert len(lines) >= 6
     for line in lines:
         args = tyro.cli(script.Args, args=shlex.split(line))
-        script.check_args(args, script.find_processes(args)[1])
-        script.env_spec(args)
+        script.check_args(args, args.num_processes or 1)
 
 
 def test_flags_of_the_slurm_template_are_valid(script):
@@ -124,14 +139,3 @@ def test_flags_of_the_slurm_template_are_valid(script):
     line = re.search(r'--distributed (.*?)"\$@"', path.read_text(), re.DOTALL).group(1).replace("\\\n", " ")
     args = tyro.cli(script.Args, args=shlex.split(line))
     script.check_args(args, 2)
-
-
-def test_a_cluster_is_found(script, monkeypatch):
-    """SLURM's variables give address, number and rank; flags go before them."""
-    slurm = {"JOB_ID": "77", "STEP_NODELIST": "node[3-4]", "NTASKS": "2", "PROCID": "1", "LOCALID": "0"}
-    for name, value in slurm.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    rank, size, address = script.find_processes(script.Args(distributed=True))
-    assert (rank, size, address.split(":")[0]) == (1, 2, "node3")
-    assert script.find_processes(script.Args(process_id=0))[:2] == (0, 2)
-    assert script.find_processes(script.Args()) == (0, 1, "")

@@ -342,6 +342,8 @@ import contextlib, importlib.util, io, json, os, sys
 sys.path.insert(0, {str(conftest.ROOT / "tests")!r})
 import conftest
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+from unittest.mock import patch
+
 import tyro
 
 def check(program, flags, tasks, gpus):
@@ -352,9 +354,9 @@ def check(program, flags, tasks, gpus):
         tyro.cli(module.Options, args=flags)
         return
     args = tyro.cli(module.Args, args=flags)
-    module.check_args(args, args.num_processes or (tasks if args.distributed else 1))
-    module.env_spec(args)
-    module.find_devices(args, conftest.alone(module))
+    sizes = module.check_args(args, args.num_processes or (tasks if args.distributed else 1))
+    with patch.multiple(module, join=lambda args: None, check_args=lambda *_: sizes):  # none of the others is there
+        module.set_up(args)
     if gpus and max(args.actor_device_ids + args.learner_device_ids) >= len(gpus.split(",")):
         raise ValueError(f"a device that is not among the GPUs {{gpus}} of its process")
 
@@ -411,7 +413,7 @@ def test_a_real_run_ends_with_the_same_bits_when_the_launcher_is_killed(tmp_path
     command = shlex.join([*words, "--total-timesteps", "8192", "--checkpoint-frequency", "8"])
     flags = ["--env-ids", "Breakout-v5", "--seeds", "1", "--exp-name"]
     launcher = start(command, *flags, "killed")
-    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoints/8")), 300)
+    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoints/8.msgpack")), 300)
     launcher.kill()
     launcher.wait()
     assert sweep(command, *flags, "killed") == (0, ANY)

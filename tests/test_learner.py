@@ -1,6 +1,5 @@
 """The sharded learner on rollouts of noise: what may change its bits and what may not."""
 
-import conftest
 import flax.linen as nn
 import jax
 import numpy as np
@@ -41,13 +40,13 @@ class Network(nn.Module):
 def update(script, rollout, devices=(0,), count=1, **flags):
     """Parameters and metrics after `count` updates on the same rollout, on the given learner devices."""
     args = script.Args(**{**SMALL, "learner_device_ids": devices, "total_timesteps": 10**6, **flags})
-    sizes, places = script.check_args(args), script.find_devices(args, conftest.alone(script))
+    sizes, places, _ = script.set_up(args)
     network = Network()
     params = network.init(jax.random.key(0), rollout.obs[0])
     optimizer, _ = script.make_optimizer(args, sizes)
     state = TrainState.create(apply_fn=network.apply, params=params, tx=optimizer)
     states = [jax.device_put(state, device) for device in places.learners]
-    learn = script.make_update(args, network, places, sizes, jax.block_until_ready)
+    learn = script.make_update(args, network, places, sizes)
     pieces = script.ship(rollout, 0, sizes.shard_envs, places)
     shards = script.assemble([script.Delivery(0, pieces, [], {})])
     for i in range(count):

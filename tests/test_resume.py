@@ -7,8 +7,8 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
-import types
 from functools import cache
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def train_until(script, monkeypatch, update, **flags):
 
     def cut(report, *args):
         log(report, *args)
-        if report.updates == update:
+        if report.kept["updates"] == update:
             raise PowerCut
 
     args = script.Args(**TINY | flags, resume="it", start_fresh=True)
@@ -92,15 +92,16 @@ def test_a_resumed_run_has_the_same_scores_log_and_seeds(script, monkeypatch, co
     assert [event.step for event in logs[1].Scalars("charts/SPS")] == [32, 64, 96, 128]  # none twice
 
 
-def test_a_finished_run_can_be_resumed(script, monkeypatch):
+def test_a_finished_run_can_be_resumed(script):
     """It plays nothing, and can still write its model; SIGTERM ends the games that --save-model plays."""
     finished = script.train(script.Args(**TINY | dict(checkpoint_frequency=0, total_timesteps=64)))
     flags = TINY | dict(checkpoint_frequency=0, total_timesteps=64, resume=finished["run_name"])
     args = script.Args(**flags, save_model=True, eval_episodes=1)
-    check = script.HandOff.check
-    with monkeypatch.context() as patch:
-        patch.setattr(script.HandOff, "check", lambda handoff: (handoff.preempted.set(), check(handoff)))
-        assert script.train(args)["status"] == "preempted"
+    sigterm = threading.Event()
+    sigterm.set()
+    with pytest.raises(SystemExit, match="143"):
+        script.train(args, sigterm)
+    assert json.loads(Path("runs", finished["run_name"], "summary.json").read_text())["status"] == "preempted"
     again = script.train(args)
     assert again["params_sha256"] == finished["params_sha256"]
     _, _, params = script.load_model(Path("runs", finished["run_name"], "model.msgpack"))
@@ -110,35 +111,36 @@ def test_a_finished_run_can_be_resumed(script, monkeypatch):
 def test_what_may_change_on_resume(script, monkeypatch, capsys):
     """What changes the bits is an error, what might is told, and what cannot is not."""
     train_until(script, monkeypatch, 3)
+    summary = Path("runs/it/summary.json").read_text()
     for flag, value, named in (
         ("gamma", 0.9, "--gamma 0.9: the run to resume has 0.99. For example: --gamma 0.99"),
-        ("channels", (8,), "--channels 8: the run to resume has 4. For example: --channels 4"),
-        ("num_actor_threads", 2, "--num-actor-threads 2: must amount to the 1 actors of the run to resume"),
+        ("channels", (8,), "--channels 8: the run to resume has [4]. For example: --channels 4"),
+        ("num_actor_threads", 2, "num_actor_threads of all devices and processes 2: the run to resume has 1"),
     ):
         with pytest.raises(script.FlagError) as caught:
             resume(script, **{flag: value})
         assert named in str(caught.value)
-    with pytest.raises(
-        script.FlagError, match="--resume it: the network or the optimizer of the run to resume is another"
-    ):
+    with pytest.raises(script.FlagError, match="--resume it: its network or optimizer is another"):
         resume_with_another_network(script, monkeypatch)
     assert json.loads(Path("runs/it/run.json").read_text())["args"]["gamma"] == 0.99  # no failed try left a trace
-    versions = script.versions()
-    monkeypatch.setattr(script, "versions", lambda: versions | {"jax": "0.0.1"})
+    assert Path("runs/it/summary.json").read_text() == summary
+    monkeypatch.setitem(script.VERSIONS, "jax", "0.0.1")
     monkeypatch.setenv("NPROC", "3")
     capsys.readouterr()
     args = script.Args(**TINY, resume="it", learner_device_ids=(1,), save_model=True)
-    with script.open_run(args, script.describe(args, 1)):
-        assert capsys.readouterr().out.splitlines() == [
-            f"jax: 0.0.1 now and {versions['jax']} before, the bits may differ",
-            "threads of XLA: 3 now and 4 before, the bits may differ",
-        ]
-        with pytest.raises(script.FlagError, match="--resume it: another process has this run"):
-            resume(script)
+    *_, record = script.set_up(args)
+    _, lock, _ = script.claim_run(args, record)
+    assert capsys.readouterr().out.splitlines() == [
+        f"jax: 0.0.1 now and {jax.__version__} before, the bits may differ",
+        "threads of XLA (NPROC): 3 now and 4 before, the bits may differ",
+    ]
+    with pytest.raises(script.FlagError, match="--resume it: another process has this run"):
+        resume(script)
+    lock.close()
     record = json.loads(Path("runs/it/run.json").read_text())
-    del record["args"]["gamma"]
+    record["args"]["momentum"] = 0.9
     Path("runs/it/run.json").write_text(json.dumps(record))
-    with pytest.raises(script.FlagError, match=f"--resume it: is a run of {script.__name__}.py, which has other flags"):
+    with pytest.raises(script.FlagError, match=r"^momentum None: the run to resume has 0\.9\."):
         resume(script)
 
 
@@ -155,50 +157,46 @@ def resume_with_another_network(script, monkeypatch):
 
 def test_a_run_without_a_checkpoint(script):
     """--resume says so and starts afresh only if told."""
-    with pytest.raises(script.FlagError, match=r"--resume it: there is no checkpoint in runs/it/checkpoints"):
+    message = r"--resume it: no checkpoint in runs/it can be read\. For example: --resume it --start-fresh"
+    with pytest.raises(script.FlagError, match=message):
         resume(script)
     assert not Path("runs").exists()
     for name, directory in (("it", "runs/it"), ("here/it", "here/it")):
         args = script.Args(**TINY, resume=name, start_fresh=True)
-        with script.open_run(args, script.describe(args, 1)) as opened:
-            assert opened == Path(directory)
-    Path("runs/my-run").mkdir()
-    Path("runs/my-run/run.json").touch()
-    with pytest.raises(script.FlagError, match=r"--resume my-rnu: .* For example: --resume my-run$"):
-        script.train(script.Args(**TINY, resume="my-rnu"))
-    with pytest.raises(script.FlagError, match=r"--resume \(empty\): must name a run"):
-        script.train(script.Args(**TINY, resume=""))
+        *_, record = script.set_up(args)
+        opened, lock, data = script.claim_run(args, record)
+        assert (opened, data) == (Path(directory), b"")
+        lock.close()
 
 
 def test_a_directory_that_cannot_be_written(script):
     Path("runs").write_text("a file where the directory should be")
-    with pytest.raises(script.FlagError, match="the run's directory cannot be written"):
+    with pytest.raises(
+        script.FlagError, match=r"--resume None: runs/.* cannot be written: "
+    ):
         script.train(script.Args(**TINY))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "removed"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied"])
 @conftest.one_fast
 def test_a_damaged_checkpoint(script, whole, monkeypatch, capfd, damage):
     """The one before is taken, and the damaged one written again."""
     train_until(script, monkeypatch, 5, **LONGER)
-    newest = Path("runs/it/checkpoints/4")
-    files = [path for path in newest.rglob("*") if path.is_file() and path.stat().st_size]
-    largest = max(files, key=lambda path: path.stat().st_size)
+    newest = Path("runs/it/checkpoints/4.msgpack")
     if damage == "truncated":
-        for path in files:
-            os.truncate(path, path.stat().st_size // 2)
+        os.truncate(newest, newest.stat().st_size // 2)
     elif damage == "flipped":
-        content = bytearray(largest.read_bytes())
+        content = bytearray(newest.read_bytes())
         content[len(content) // 2] ^= 1
-        largest.write_bytes(content)
+        newest.write_bytes(content)
     else:
-        largest.unlink()
+        newest.write_bytes(b"")
     capfd.readouterr()
     resumed = resume(script, **LONGER)
-    assert "the checkpoint of update 4 cannot be read, trying an older one" in capfd.readouterr().out
+    assert "the checkpoint runs/it/checkpoints/4.msgpack cannot be read, trying an older one" in capfd.readouterr().out
     assert resumed["resumed_at"] == [2]
     assert resumed["params_sha256"] == whole(script, **LONGER)
-    assert sorted(path.name for path in newest.parent.iterdir()) == ["4", "6"]
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["4.msgpack", "6.msgpack", "lock"]
 
 
 @pytest.fixture(scope="module")
@@ -270,17 +268,16 @@ KILLED_WRITING = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 import conftest
-from orbax.checkpoint._src.path import atomicity
 script = conftest.load({name!r})
+replace = os.replace
 
-async def die(self):
+def die(source, target):
     "All is written and the checkpoint has not its name yet."
-    if self._final_path.name == "4":
+    if target.name == "4.msgpack":
         os.kill(os.getpid(), signal.SIGKILL)
-    await finalize(self)
+    replace(source, target)
 
-finalize = atomicity.AtomicRenameTemporaryPath.finalize
-atomicity.AtomicRenameTemporaryPath.finalize = die
+os.replace = die
 script.train(script.Args(**{flags!r}))
 """
 
@@ -292,17 +289,10 @@ def test_kill_9_while_a_checkpoint_is_written(script, whole, tmp_path):
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     names = sorted(path.name for path in Path("runs/it/checkpoints").iterdir())
-    assert names[0] == "2"
-    assert names[1].startswith("4.")  # half of one, by another name
+    assert names == ["2.msgpack", "lock", "unfinished"]
     resumed = resume(script, **LONGER)
     assert resumed["resumed_at"] == [2]
     assert resumed["params_sha256"] == whole(script, **LONGER)
-
-
-FULL = {
-    "before": "could not be written, go on from update 2 with --resume runs/it: the disk is full",
-    "while": "could not be written, go on from update 2 with --resume runs/it: .*No space left on device",
-}
 
 
 @contextlib.contextmanager
@@ -318,25 +308,23 @@ def small_disk(path, size):
         subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
-@pytest.mark.parametrize("seen", ["before", "while"])
 @conftest.one_fast
-def test_a_full_disk(script, whole, tmp_path, monkeypatch, seen):
+def test_a_full_disk(script, whole, tmp_path, monkeypatch):
     """The run ends with an error that says so; with room again, its last whole checkpoint is resumed."""
-    save = script.Checkpoints.save
+    save = script.Report.save
 
-    def fill(checkpoints, update, *rest):
+    def fill(report, update, tree):
         if update == 4:
-            checkpoints.finish()
+            report.finish()
             space = os.statvfs("runs")
             os.posix_fallocate(ballast.fileno(), 0, space.f_bavail * space.f_bsize)
-        save(checkpoints, update, *rest)
+        save(report, update, tree)
 
     with small_disk(tmp_path / "runs", "64m"):
         with monkeypatch.context() as patch:
-            patch.setattr(script.Checkpoints, "save", fill)
-            if seen == "while":
-                patch.setattr(script.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10**9))
-            with open("runs/ballast", "wb") as ballast, pytest.raises(RuntimeError, match=FULL[seen]):
+            patch.setattr(script.Report, "save", fill)
+            message = "a checkpoint could not be written: .*No space left on device"
+            with open("runs/ballast", "wb") as ballast, pytest.raises(RuntimeError, match=message):
                 resume(script, **LONGER, start_fresh=True)
         os.remove("runs/ballast")
         resumed = resume(script, **LONGER)
@@ -345,7 +333,7 @@ def test_a_full_disk(script, whole, tmp_path, monkeypatch, seen):
 
 
 @pytest.mark.slow
-def test_sigterm_ends_after_the_update_and_a_second_one_at_once(script, launcher, uninterrupted):
+def test_sigterm_ends_after_the_update(script, launcher, uninterrupted):
     process = launcher.start(script, *FLAGS, *IT, "--no-concurrency", PYTHONUNBUFFERED="1")
     for line in process.stdout:
         if "1280/8192" in line:
@@ -357,17 +345,6 @@ def test_sigterm_ends_after_the_update_and_a_second_one_at_once(script, launcher
     assert json.loads((launcher.directory / "runs/it/summary.json").read_text())["status"] == "preempted"
     summary = launcher.run(script, *FLAGS, *IT, "--no-concurrency")
     assert summary["params_sha256"] == uninterrupted(script, "--no-concurrency")
-
-    slow = ["--num-steps", "4096", "--total-timesteps", "1000000", "--resume", "slow", "--start-fresh"]
-    process = launcher.start(script, *FLAGS, *slow, PYTHONUNBUFFERED="1")
-    while not list((launcher.directory / "runs").glob("slow/events*")):
-        time.sleep(0.1)
-    time.sleep(2)  # the first rollout of many seconds
-    process.send_signal(signal.SIGTERM)
-    time.sleep(1)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(5) == -signal.SIGTERM
 
 
 def test_a_model_leaves_the_run(script, capsys):
@@ -383,7 +360,6 @@ def test_a_model_leaves_the_run(script, capsys):
     assert scores == summary["evaluation"]["scores"]
     (event,) = EventAccumulator(str(directory)).Reload().Scalars("eval/episodic_return")
     assert event.value == pytest.approx(np.mean(scores), rel=1e-6) == pytest.approx(summary["evaluation"]["mean"])
-    assert script.play_games(args, network, params, 3, greedy=True) != scores
 
 
 def test_evaluation_counts_the_first_game_of_every_environment(script, monkeypatch, counting_pool):
@@ -394,12 +370,3 @@ def test_evaluation_counts_the_first_game_of_every_environment(script, monkeypat
     # rewards of an episode of n steps are 0 to n - 1; the game's own points are ten times that
     assert script.play_games(script.Args(), network, {}, 4) == [30, 60, 100, 150]
     assert len(pool.log) == 6
-
-
-def test_greedy_takes_the_best_action(script, monkeypatch, counting_pool):
-    pool = counting_pool(1)
-    monkeypatch.setattr(script, "make_env", lambda *args: pool)
-    logits = jax.numpy.array([[0.0, 0.1, 0.0]])
-    network = type("Network", (), {"apply": lambda self, params, obs: (logits, np.zeros(1))})()
-    script.play_games(script.Args(), network, {}, 1, greedy=True)
-    assert [action for _, action in pool.log] == [1, 1, 1]
