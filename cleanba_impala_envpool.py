@@ -128,7 +128,7 @@ def env_options(args: Args) -> dict[str, Any]:
     return dict(
         episodic_life=False,
         repeat_action_probability=0.25,
-        noop_max=1,  # none: the one no-op of a reset
+        noop_max=1,  # none; but a reset presses FIRE where the game wants it (use_fire_reset)
         full_action_space=True,
         max_episode_steps=27_000,  # 108,000 frames, 30 minutes of play
         reward_clip=True,
@@ -167,20 +167,23 @@ class Envs:
     """
 
     def __init__(self, pool: Any):
-        self.pool = pool
-        self.obs, _ = pool.reset()  # u8[B,4,H,W], what the agent sees now
+        self.pool, self.games = pool, []  # (score, length in steps) of games that ended
+        self.obs, info = pool.reset()  # u8[B,4,H,W], what the agent sees now
+        self.full = self.lives = info.get("lives", 0)  # at the start of a game
         # bool[B]: where `obs` ended an episode, so that the next step only resets; where it ended a whole game
         self.reset = self.over = np.zeros(len(self.obs), bool)
         self.score, self.length = np.zeros(len(self.obs)), np.zeros(len(self.obs), int)
-        self.games: list[tuple[float, int]] = []
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Play action i32[B]; return reward f32[B], clipped as the agent learns it, and terminated bool[B]."""
         self.obs, reward, terminated, truncated, info = self.pool.step(action)
+        terminated = terminated | info["terminated"].astype(bool)  # a game lost at its last step is no time limit's
         self.score += info["reward"]  # the game's own points
         self.length += ~self.reset
-        over = info["terminated"].astype(bool) | truncated  # a whole game, also where a lost life ends an episode
-        self.over = over
+        before, self.lives = self.lives, info.get("lives", 0)
+        # where a lost life ends an episode, a game that ends in a reset starts again without a word, or is told twice
+        unsaid = self.reset & ~self.over & (before > 0) & (before < self.full) & (self.lives == self.full)
+        over = self.over = (info["terminated"].astype(bool) | truncated) & ~self.over | unsaid  # a whole game
         self.games += zip(self.score[over].tolist(), self.length[over].tolist(), strict=True)
         self.score[over], self.length[over] = 0, 0
         self.reset = terminated | truncated
@@ -268,10 +271,7 @@ class Rollout(NamedTuple):
 
 
 def make_policy(network: nn.Module) -> tuple[Callable, Callable]:
-    """How an actor uses the network: (act, last), plain callables, so that a test needs no network and no thread.
-
-    act: (params, obs u8[B,...], key, t) -> Behaviour of one row; last: (params, obs) -> what a Rollout has of obs[T].
-    """
+    """act: (params, obs u8[B,...], key, t) -> Behaviour; last: (params, obs) -> what a Rollout has of obs[T]."""
 
     @jax.jit
     def act(params, obs, key, t):
@@ -288,7 +288,6 @@ Delivery = namedtuple("Delivery", "version rollout games seconds")
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str):
-    """Add the seconds that the block takes to seconds[name]."""
     start = time.perf_counter()
     yield
     seconds[name] += time.perf_counter() - start
@@ -615,8 +614,7 @@ def check_args(args: Args, num_processes: int = 1) -> Sizes:
     for flag, kind in get_type_hints(Args, include_extras=True).items():
         if rule := getattr(kind, "__metadata__", None):
             require(rule[1](getattr(args, flag)), args, flag, rule[0], getattr(Args, flag))
-    missing = args.track and find_spec("wandb") is None
-    require(not missing, args, "track", "needs a package: pip install wandb, or uv run --with wandb", False)
+    require(not args.track or find_spec("wandb"), args, "track", "needs pip install wandb or uv run --with wandb", 0)
 
     def divides(flag: str, number: int, what: str, learners: int = 1) -> int:
         value, rule = getattr(args, flag), f"must divide the {number} {what}"
@@ -949,6 +947,8 @@ class Report(AbstractContextManager):
             groups = {"charts": charts, "losses": summarise(jax.device_get(metrics)), "stats": stats}
             self.write(step, {f"{group}/{name}": x for group, values in groups.items() for name, x in values.items()})
             self.games = []
+            for name in (name for name, value in groups["losses"].items() if not np.isfinite(value)):
+                raise FloatingPointError(f"update {kept['updates']}: losses/{name} is not finite, no checkpoint made")
         if due or live:
             part = "environments" if times["env_time"] > times["inference_time"] else "inference"
             waits = times["rollout_queue_get_time"] / (times["rollout_queue_get_time"] + times["training_time"])

@@ -81,3 +81,51 @@ def test_scores_are_sums_over_whole_games(played):
             start = t + 1
     assert len(expected) > 4
     assert sorted(envs.games) == sorted(expected)
+
+
+@pytest.mark.parametrize("game", ["RoadRunner-v5", "Atlantis-v5"])
+def test_games_that_end_among_the_no_ops_of_a_reset(script, game):
+    """Under IMPALA's protocol EnvPool starts such a game again without a word; here it is counted, with its own score.
+
+    The count to compare with is made from the lives alone: a game ends where they are back at their starting number.
+    RoadRunner has such games. Atlantis gives lives during play, which must not count; nor does anything twice.
+    """
+    args = script.Args(img_size=16, env_id=game)
+    pool = Record(script.make_env(args, script.env_seeds(1, 0, 0, 8), 2))
+    envs, rng, resets = script.Envs(pool), np.random.default_rng(0), []
+    full, actions = envs.lives.copy(), script.env_spec(args)[1]
+    for _ in range(1500):
+        resets.append(envs.reset)
+        envs.step(rng.integers(0, actions, 8).astype(np.int32))
+    column = lambda name: np.stack([info[name] for *_, info in pool.rows])
+    lives, reward, resets = column("lives"), column("reward"), np.stack(resets)
+    expected = []
+    for env in range(8):
+        starts = [t for t in np.flatnonzero(resets[:, env]) if lives[t, env] == full[env] > lives[t - 1, env]]
+        starts += [1500] * bool(column("terminated")[-1, env])  # over in the last row, and not started again
+        expected += [reward[a:b, env].sum() for a, b in zip([0, *starts], starts, strict=False)]
+    assert sorted(score for score, _ in envs.games) == sorted(expected)
+    silent = len(expected) - sum((i["terminated"].astype(bool) | truncated).sum() for _, truncated, i in pool.rows)
+    assert (silent > 5) == (game == "RoadRunner-v5" and PROTOCOL[script.__name__] is IMPALA)
+
+
+def test_a_game_over_at_the_last_step_is_no_time_limit(script, monkeypatch):
+    """A game that is lost exactly at max_episode_steps terminates, and is not bootstrapped."""
+    args = script.Args(img_size=16)
+
+    def first_end(limit):
+        options = script.env_options(args) | {"episodic_life": False, "max_episode_steps": limit}
+        with monkeypatch.context() as patch:
+            patch.setattr(script, "env_options", lambda args: options)
+            envs = script.Envs(script.make_env(args, [1], 1))
+        rng = np.random.default_rng(0)
+        for t in range(2000):
+            _, terminated = envs.step(rng.integers(0, 4, 1).astype(np.int32))
+            if envs.over[0]:
+                return t + 1, bool(terminated[0])
+        raise AssertionError("the game does not end")
+
+    length, terminated = first_end(27_000)
+    assert terminated
+    assert first_end(length) == (length, True)
+    assert first_end(length - 1) == (length - 1, False)

@@ -232,6 +232,18 @@ def test_a_slow_cpu_is_told(script, monkeypatch, capsys):
     assert not warns(total_timesteps=100_000)
 
 
+def test_nan_ends_the_run(script):
+    """At the next log, with its name; no checkpoint is made of it, and the last one before is kept."""
+    flags = dict(img_size=16, channels=(4,), local_num_envs=4, num_actor_threads=1, num_steps=8, num_minibatches=1)
+    flags |= dict(checkpoint_frequency=1, total_timesteps=10**6, resume="it", start_fresh=True, anneal_lr=False)
+    with pytest.raises(FloatingPointError, match=r"update \d+: losses/\w+ is not finite, no checkpoint made"):
+        script.train(script.Args(**flags, learning_rate=1e30))
+    summary = json.loads(Path("runs/it/summary.json").read_text())
+    assert summary["status"] == "failed"
+    whole = [int(path.stem) for path in script.find_checkpoints(Path("runs/it"))]
+    assert whole == list(range(1, summary["updates"]))[-2:]
+
+
 def test_whatever_fails_leaves_a_summary(script, monkeypatch):
     """From the moment the run's directory exists, here while the network is built."""
 
