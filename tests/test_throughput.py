@@ -1,61 +1,26 @@
-"""The throughput tool: what it times, how it combines times, and what it prints."""
+"""The throughput tool: that its parts are those of an update, how it combines their times, and what it prints."""
 
 import json
+import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
+from concurrent.futures import Future
+from dataclasses import replace
+from types import SimpleNamespace
 
 import conftest
 import flax.linen as nn
+import jax
+import numpy as np
 import pytest
 
 throughput = conftest.load("benchmark/throughput")
 
-TINY = ["--img-size", "16", "--local-num-envs", "4", "--num-steps", "8"]
-TINY += ["--num-minibatches", "2", "--gradient-accumulation-steps", "1", "--env-threads", "1"]
-
-# seconds of an update: playing takes 0.5 + the longest of 3, 2 and 4; learning 6 + 0.25 + 0.125 + 0.0625
-PARTS = dict(environments=3.0, forward=2.0, one_actor=4.0, rollout=0.5)
-PARTS |= dict(gradient=6.0, optimizer=0.25, other=0.125, params=0.0625)
-
-
-def main(monkeypatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["throughput.py", *map(str, arguments)])
-    throughput.main()
-
-
-@pytest.mark.parametrize(
-    ("where", "changed", "seconds", "what"),
-    [
-        (dict(cpu=True, same_device=True, concurrency=False), {}, 11.9375, "cores"),
-        (dict(cpu=True, same_device=False, concurrency=True), {}, 11.9375, "cores"),
-        (dict(cpu=False, same_device=True, concurrency=False), {}, 4.5 + 6.4375, "turns"),
-        (dict(cpu=False, same_device=False, concurrency=True), {}, 6.4375, "the learner is"),
-        (dict(cpu=False, same_device=True, concurrency=True), {}, 6.4375 + 2, "the device"),
-        (dict(cpu=False, same_device=False, concurrency=True), {"environments": 7.0}, 7.5, "actors are"),
-        (dict(cpu=False, same_device=False, concurrency=True), {"forward": 8.0}, 8.5, "actors are"),
-        (dict(cpu=False, same_device=True, concurrency=True), {"forward": 8.0}, 6.4375 + 8, "the device"),
-        (dict(cpu=False, same_device=False, concurrency=True), {"one_actor": 9.0}, 9.5, "actors are"),
-    ],
-)
-def test_limit(where, changed, seconds, what):
-    found, reason = throughput.limit(PARTS | changed, **where)
-    assert found == seconds
-    assert what in reason
-
-
-@pytest.mark.parametrize(
-    ("seconds", "update", "expected"),
-    [
-        (240, 4, (1, 1)),
-        (240, 0.25, (20, 5)),  # 5 s of updates, and a quarter of that in parts
-        (10, 0.25, (8, 2)),  # 2 s of updates
-        (240, 500, (1, 1)),  # longer than allowed, but it must be measured somehow
-    ],
-)
-def test_plan(seconds, update, expected):
-    assert throughput.plan(seconds, update) == expected
+TINY = ["--img-size", "16", "--local-num-envs", "4", "--num-steps", "8", "--num-minibatches", "2", "--env-threads", "1"]
 
 
 class Network(nn.Module):
@@ -71,6 +36,13 @@ class Network(nn.Module):
         return nn.Dense(self.num_actions)(x), nn.Dense(1)(x)[:, 0]
 
 
+@pytest.fixture(autouse=True)
+def restored(monkeypatch):
+    """What the tool changes in its process, which is otherwise its own."""
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
 def slow_down(script, monkeypatch, before_step=lambda: None):
     """The script with a small network and environments whose every step takes 20 ms more."""
     step = script.Envs.step
@@ -82,118 +54,196 @@ def slow_down(script, monkeypatch, before_step=lambda: None):
 
     monkeypatch.setattr(script.Envs, "step", slow_step)
     monkeypatch.setattr(script, "ActorCritic", Network)
-    monkeypatch.setattr(throughput, "load", lambda path: script)
-    return script
 
 
-@pytest.fixture
-def slow_script(script, monkeypatch):
-    return slow_down(script, monkeypatch)
+def main(monkeypatch, script, *arguments: str) -> int | str:
+    """Run the tool; what it exits with."""
+    monkeypatch.setattr(sys, "argv", ["throughput.py", f"{conftest.ROOT / script.__name__}.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        throughput.main()
+    return end.value.code
 
 
-def test_parts_and_run(slow_script, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("where", "changed", "seconds", "what"),
+    [
+        (dict(cpu=True, same_device=True, concurrency=False), {}, 10.8125, "cores"),
+        (dict(cpu=True, same_device=False, concurrency=True), {}, 10.8125, "cores"),
+        (dict(cpu=False, same_device=True, concurrency=False), {}, 10.8125, "turns"),
+        (dict(cpu=False, same_device=False, concurrency=True), {}, 6.3125, "the learner is"),
+        (dict(cpu=False, same_device=True, concurrency=True), {}, 6.3125 + 2, "the device"),
+        (dict(cpu=False, same_device=True, concurrency=True), {"playing": 8.0}, 8.5, "actors are"),
+        (dict(cpu=False, same_device=False, concurrency=True), {"sending rollouts": 4.0}, 8.0, "actors are"),
+    ],
+)
+def test_limit(where, changed, seconds, what):
+    parts = {"playing": 4.0, "- environments": 3.0, "- forward passes": 2.0, "sending rollouts": 0.5, "learning": 6.25}
+    parts |= {"- gradients": 5.0, "- sums over shards": 0.5, "- optimizer": 0.75, "sending parameters": 0.0625}
+    found, reason = throughput.limit(parts | changed, **where)
+    assert found == seconds
+    assert what in reason
+
+
+def test_parts_are_those_of_an_update(script, monkeypatch):
+    """Of one minibatch the sum of the gradients and a step of the optimizer are all that there is to learn."""
+    monkeypatch.setattr(script, "ActorCritic", Network)
+    few = script.Args(img_size=16, local_num_envs=8, num_actor_threads=2, num_steps=8, learner_device_ids=(1, 2))
+    make_parts = lambda args: throughput.make_parts(script, args, *script.set_up(args)[:2])
+    epochs = {"update_epochs": 1} if hasattr(few, "update_epochs") else {}
+    parts = make_parts(replace(few, num_minibatches=1, gradient_accumulation_steps=1, **epochs))
+    (learned, _), (stepped,) = parts["learning"](), parts["- optimizer"]()
+    assert [jax.tree.leaves(state.params)[0].devices() for state in stepped] == [{d} for d in jax.local_devices()[1:3]]
+    for one, other in zip(learned, stepped, strict=True):
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-3 * few.learning_rate)
+        jax.tree.map(close, jax.device_get(one.params), jax.device_get(other.params))
+
+    parts = make_parts(replace(few, num_minibatches=2, gradient_accumulation_steps=2))
+    minibatches = 2 * getattr(few, "update_epochs", 1)
+    gradients = parts["- gradients"]()  # one of every shard, of every piece of every minibatch
+    assert [[len(piece) for piece in minibatch] for minibatch in gradients] == [[few.num_shards] * 2] * minibatches
+    assert len(parts["- sums over shards"]()) == len(parts["- optimizer"]()) == minibatches
+    assert [len(actor) for actor in parts["- environments"]()] == [8, 8]  # steps
+    assert [len(actor) for actor in parts["- forward passes"]()] == [9, 9]  # and what follows the last step
+    assert [rollout.reward.shape for rollout in parts["playing"]()] == [(8, 8)] * 2
+
+
+def test_parts_and_run(script, monkeypatch, capsys, tmp_path):
     """Slow environments are seen as such, by the run too, and two actors wait for theirs at the same time."""
-    path, names, handoff = tmp_path / "figures.json", dict(vars(slow_script)), dict(vars(slow_script.HandOff))
-    main(monkeypatch, "a.py", "--json", path, "--minutes", "0.02", "--", *TINY)
+    slow_down(script, monkeypatch)
+    path, handoff = tmp_path / "figures.json", script.HandOff
+    two = [*TINY, "--num-actor-threads", "2"]
+    assert not main(monkeypatch, script, "--json", path, "--minutes", "0.02", "--", *two)
     figures, out = json.loads(path.read_text()), capsys.readouterr().out
-    parts, run, epochs = figures["parts"], figures["run"], getattr(slow_script.Args, "update_epochs", 1)
-    assert figures["script"] == "a.py"
-    assert figures["flags"] == TINY
-    assert figures["actors"] == slow_script.Args.num_actor_threads
-    assert figures["steps"] == figures["actors"] * 4 * 8
-    assert figures["calls"]["gradient"] == epochs * 2 * 4  # minibatches x shards
-    assert figures["calls"]["optimizer"] == epochs * 2
-    assert set(parts) == set(PARTS)
-    for seconds in (parts["environments"], parts["one_actor"], run["env_time"]):
+    parts, run, ratios = figures["parts"], figures["run"], figures["ratios"]
+    assert (figures["script"], figures["flags"], figures["steps"]) == (f"{script.__name__}.py", two, 2 * 4 * 8)
+    for seconds in (parts["playing"], parts["- environments"], run["rollout_time"], run["env_time"]):
         assert 0.16 < seconds < 0.32  # 8 steps, not 16
-    others = [seconds for name, seconds in parts.items() if name not in ("environments", "one_actor")]
-    assert 0 < min(others) < max(others) < 0.16
-    assert 0.16 < run["seconds"] < 0.32
-    assert figures["limit"]["seconds"] == pytest.approx(sum(parts.values()) - parts["one_actor"])
-    assert figures["ratio"] == statistics.median(r["ratio"] for r in figures["rounds"])
-    assert figures["waits"]["learner"] > 0.3
-    assert figures["waits"]["actors"] < 0.3
+    assert 0 < parts["- forward passes"] < 0.16
+    assert run["seconds"] > 0.16
+    both = parts["playing"] + parts["sending rollouts"] + parts["learning"] + parts["sending parameters"]
+    assert figures["limit"] == pytest.approx(both)  # on a CPU
+    assert len(ratios) == len(figures["rounds"]) > 0
+    first = figures["rounds"][0]
+    assert ratios[0] == throughput.limit(first["parts"], False, True, True)[0] / first["run"]["seconds"]
+    assert run["wait"] / run["seconds"] > 0.3
 
-    *rows, blank, gist = out.splitlines()
-    assert blank == ""
+    *rows, _, gist = out.splitlines()
     table = {name: cells for _, name, *cells, _ in ([x.strip() for x in row.split("|")] for row in rows[2:])}
-    assert table["environments"][0] == f"{1e3 * parts['environments']:.1f}"
-    pace, allowed = (figures["steps"] / seconds for seconds in (run["seconds"], figures["limit"]["seconds"]))
-    assert table["**whole run**"][1:] == [f"{pace:,.0f}", f"{1e3 * run['seconds']:.1f}"]
-    assert gist.startswith(f"{pace:,.1f} steps/s, the parts allow {allowed:,.1f} (all parts share the cores), ratio ")
-    assert f"{figures['ratio']:.3f} ({len(figures['rounds'])} rounds, " in gist
-    assert f"the learner waits {figures['waits']['learner']:.0%} of the time for rollouts" in gist
+    assert table["- environments"][::2] == [f"{1e3 * x:.1f}" for x in (parts["- environments"], run["env_time"])]
+    pace, allowed = (figures["steps"] / seconds for seconds in (run["seconds"], figures["limit"]))
+    assert table["**whole run**"] == ["", f"{pace:,.0f}", f"{1e3 * run['seconds']:.1f}"]
+    assert gist.startswith(
+        f"{pace:,.1f} steps/s, the parts allow {allowed:,.1f} (actors and learner share the cores), "
+    )
+    assert f"ratio {statistics.median(ratios):.3f} ({len(ratios)} rounds, " in gist
+    assert f"the learner waits {run['wait'] / run['seconds']:.0%} of the time for rollouts" in gist
 
-    assert list(tmp_path.iterdir()) == [path]  # runs leave nothing behind, in the script neither
-    assert vars(slow_script) == names
-    assert vars(slow_script.HandOff) == handoff
+    assert [*tmp_path.iterdir()] == [path]  # runs leave nothing behind, in the script neither
+    assert script.HandOff is handoff
 
 
-def test_a_wrong_flag_is_named(slow_script, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as left:
-        main(monkeypatch, "a.py", "--", *TINY, "--num-shards", "3")
-    assert left.value.code == 2
-    assert "--num-shards 3: must divide" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(monkeypatch, "a.py", "--", *TINY, "--num-processes", "2")
-    assert "--num-processes: one process is measured here" in capsys.readouterr().err
+def test_trace_and_memory(script, monkeypatch, capsys, tmp_path):
+    """--no-parts prints nothing but knows the memory; the profile is of a run that it does not measure."""
+    slow_down(script, monkeypatch)
+    path = tmp_path / "figures.json"
+    options = ["--no-parts", "--minutes", "0.001", "--json", path, "--trace", tmp_path / "profile"]
+    assert not main(monkeypatch, script, *options, "--", *TINY)
+    figures, (out, err) = json.loads(path.read_text()), capsys.readouterr()
+    assert out == ""
+    assert [line.split(":")[0] for line in err.splitlines() if line.endswith(" s an update")] == ["round", "profile"]
+    assert len(figures["rounds"]) == 1
+    assert figures["parts"] == {}
+    assert 1e8 < figures["memory"] < 1e11
+    assert figures["device_memory"] is None  # a CPU does not say
+    (profile,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert b"get_rollouts" in profile.read_bytes()
+
+
+def test_a_wrong_flag_is_named(script, monkeypatch):
+    assert "--num-shards 3: must divide" in main(monkeypatch, script, "--", *TINY, "--num-shards", "3")
+    said = main(monkeypatch, script, "--", *TINY, "--num-processes", "2")
+    assert said.startswith("error: --num-processes 2: one process is measured here, and benchmark/collectives.py")
 
 
 def test_a_failing_actor_ends_the_tool(monkeypatch):
-    """Also while the run is held, and nobody but the tool waits for the actors."""
-    calls = []
+    """Also in the seventh rollout, while the run is held, and nobody but the tool waits for the actors."""
+    script, steps, rounds = conftest.load("cleanba_impala_envpool"), Counter(), []
 
     def fail():
-        calls.append(None)
-        if len(calls) > 2 * 20:  # in the third rollout, which starts when the first update is done
+        name = threading.current_thread().name
+        steps[name] += 1
+        if name.startswith("actor") and steps[name] > 6 * 8 + 4:
             raise OSError("no more games")
 
-    slow_down(conftest.load("cleanba_impala_envpool"), monkeypatch, fail)
+    class Endless(threading.Event):
+        def set(self):
+            rounds.append(None)
+            assert len(rounds) < 3, "the run goes on without actors"
+
+    slow_down(script, monkeypatch, fail)
+    monkeypatch.setattr(throughput, "threading", SimpleNamespace(Event=Endless))
     with pytest.raises(RuntimeError, match="no more games"):
-        main(monkeypatch, "a.py", "--", *TINY)
+        main(monkeypatch, script, "--minutes", "0.001", "--", *TINY)
+    assert len(rounds) == 1
 
 
-def test_scaling(monkeypatch, capsys, tmp_path):
+class Inline:
+    """Stands in for a process that runs one function."""
+
+    def __init__(self, workers, context):
+        assert (workers, context.get_start_method()) == (1, "spawn")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, function, *inputs):
+        future = Future()
+        try:
+            future.set_result(function(*inputs))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+
+def test_scaling(script, monkeypatch, capsys, tmp_path):
     """One process for each point; one that fails is shown and reported."""
-    path, commands = tmp_path / "figures.json", []
+    path, points = tmp_path / "figures.json", []
 
-    def run(command, env, **options):
-        commands.append((command, env))
-        if "--num-steps" in command:
-            return subprocess.CompletedProcess(command, 2, "", "...\nerror: --num-steps 0: must be 1 or more\n")
-        own = throughput.tyro.cli(throughput.Options, args=command[2:])
-        assert (own.parts, own.minutes, own.flags[:2]) == (False, 1.0, ("--gamma", "0.9"))
-        figures = {"steps": 640, "run": {"seconds": 0.25}, "memory": 3_000_000_000, "device_memory": None}
-        own.json.write_text(json.dumps(figures))
-        return subprocess.CompletedProcess(command, 0, "", "")
+    def measure(options):
+        points.append(options)
+        if "--num-steps" in options.flags:
+            sys.exit("error: --num-steps 0: must be 1 or more")
+        return {"steps": 640, "run": {"seconds": 0.25}, "memory": 3_000_000_000, "device_memory": None}
 
-    monkeypatch.setattr(throughput.subprocess, "run", run)
-    points = ["--scale-envs", "8", "--scale-steps", "0", "--scale-learners", "2"]
-    with pytest.raises(SystemExit) as left:
-        main(monkeypatch, "a.py", "--json", path, "--minutes", "3", *points, "--", "--gamma", "0.9")
-    assert left.value.code == 1
-    assert [command[-2:] for command, _ in commands[:2]] == [["--local-num-envs", "8"], ["--num-steps", "0"]]
-    assert commands[2][0][-3:] == ["--learner-device-ids", "0", "1"]
-    assert commands[2][1]["XLA_FLAGS"].endswith("--xla_force_host_platform_device_count=2")
+    monkeypatch.setattr(throughput, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(throughput, "measure", measure)
+    flags = ["--scale-envs", "8", "--scale-steps", "0", "--scale-learners", "2", "--minutes", "3", "--json", path]
+    assert main(monkeypatch, script, *flags, "--", "--gamma", "0.9") == 1
+    assert {(point.parts, point.minutes, point.flags[:2]) for point in points} == {(False, 1.0, ("--gamma", "0.9"))}
+    settings = [("--local-num-envs", "8"), ("--num-steps", "0"), ("--learner-device-ids", "0", "1")]
+    assert [point.flags[2:] for point in points] == settings
     envs, steps, learners = json.loads(path.read_text())["points"]
     assert envs["setting"] == ["--local-num-envs", "8"]
     assert steps == {"setting": ["--num-steps", "0"], "error": "error: --num-steps 0: must be 1 or more"}
     assert learners["run"] == {"seconds": 0.25}
     assert capsys.readouterr().out.splitlines()[2:] == [
-        "| --local-num-envs 8 | 2,560.0 | 3,000 |  |",
+        "| --local-num-envs 8 | 2,560.0 | 3,000.0 |  |",
         "| --num-steps 0 | error: --num-steps 0: must be 1 or more |  |  |",
-        "| --learner-device-ids 0 1 | 2,560.0 | 3,000 |  |",
+        "| --learner-device-ids 0 1 | 2,560.0 | 3,000.0 |  |",
     ]
 
 
 @pytest.mark.slow
-def test_a_point_of_scaling(monkeypatch, tmp_path):
-    """A process that really has two learner devices."""
-    path, script = tmp_path / "figures.json", conftest.ROOT / "cleanba_impala_envpool.py"
-    monkeypatch.delenv("XLA_FLAGS")
-    main(monkeypatch, script, "--json", path, "--minutes", "0.02", "--scale-learners", "2", "--", *TINY)
-    (point,) = json.loads(path.read_text())["points"]
-    assert point["steps"] == 2 * 4 * 8
-    assert point["run"]["seconds"] > 0
-    assert 1e8 < point["memory"] < 1e10
-    assert point["device_memory"] is None
+def test_points_of_scaling(tmp_path):
+    """Processes that really have as many learner devices."""
+    command = [sys.executable, str(conftest.ROOT / "benchmark" / "throughput.py")]
+    command += [str(conftest.ROOT / "cleanba_impala_envpool.py"), "--json", "figures.json", "--minutes", "0.02"]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    subprocess.run([*command, "--scale-learners", "1", "2", "--", *TINY], check=True, env=environment)
+    one, two = json.loads((tmp_path / "figures.json").read_text())["points"]
+    assert (one["setting"][1:], two["setting"][1:]) == (["0"], ["0", "1"])
+    assert two["run"]["seconds"] > 0
+    assert 1e8 < two["memory"] < 1e10
