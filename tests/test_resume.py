@@ -171,9 +171,7 @@ def test_a_run_without_a_checkpoint(script):
 
 def test_a_directory_that_cannot_be_written(script):
     Path("runs").write_text("a file where the directory should be")
-    with pytest.raises(
-        script.FlagError, match=r"--resume None: runs/.* cannot be written: "
-    ):
+    with pytest.raises(script.FlagError, match=r"--resume None: runs/.* cannot be written: "):
         script.train(script.Args(**TINY))
 
 
