@@ -39,7 +39,7 @@ import threading
 import time
 import traceback
 from collections import Counter, defaultdict, namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -571,9 +571,9 @@ def make_update(args: Args, network: nn.Module, devices: "Devices", sizes: "Size
 
 
 # === §9 Train [shared] ================================================================================================
-def train(args: Args, sigterm: threading.Event | None = None) -> dict[str, Any]:
-    """A run, or this process's part of it, until `sigterm` is set; returns what summary.json says. Raises FlagError."""
-    (sizes, devices, record), sigterm = set_up(args), sigterm or threading.Event()
+def train(args: Args, heard: Collection[int] = ()) -> dict[str, Any]:
+    """A run, or this process's part of it, until a signal is `heard`; returns its summary.json. Raises FlagError."""
+    sizes, devices, record = set_up(args)
     with nullcontext() if global_state.process_id else Report(args, sizes, devices, record) as report:
         actor_key, learner_key, params_key = jax.random.split(jax.random.key(args.seed), 3)
         network, (optimizer, learning_rate) = make_network(args), make_optimizer(args, sizes)
@@ -594,25 +594,29 @@ def train(args: Args, sigterm: threading.Event | None = None) -> dict[str, Any]:
                 seconds = Counter()
                 with timed(seconds, "rollout_queue_get_time"):
                     deliveries = handoff.get_rollouts(update)
-                if update == updates[0]:  # also: the first collective gives up if processes come to it far apart
-                    same_everywhere("initial parameters", states[0].params)
+                # beside: the first collective gives up if processes come to it far apart
+                if update == updates[0] and len({*share(params_sha256(states[0].params))}) > 1:
+                    raise RuntimeError("the processes start from different parameters")
                 with timed(seconds, "training_time"):
                     updated = learn(states, assemble(deliveries), jax.random.fold_in(learner_key, update))
                     previous, (states, metrics) = states[0].params, jax.block_until_ready(updated)
                 handoff.give_params(update, states[0].params)
-                news = share([sigterm.is_set(), [(d.games, d.seconds) for d in deliveries]])
+                news = share([signal.SIGTERM in heard, [(d.games, d.seconds) for d in deliveries]])
                 if report:
                     due = update == sizes.updates or update % (args.checkpoint_frequency or sizes.updates) == 0
                     lag, rate = update - 1 - deliveries[0].version, learning_rate(update)
                     report.update(news, due, lag, rate, seconds, metrics, states[0].params)
                     if due:
                         report.save(update, (states[0], previous))
+                if signal.SIGINT in heard:  # where its exception is lost: inside a callback of the garbage collector
+                    raise KeyboardInterrupt
                 if any(told for told, _ in news):
                     status = "preempted"
                     break
-        same_everywhere("final parameters", states[0].params)
+        if len({*share(params_sha256(states[0].params))}) > 1:
+            raise RuntimeError("the processes end with different parameters")
         if report:
-            report.end(status, network, states[0].params, sigterm)
+            report.end(status, network, states[0].params, heard)
     share("closed")  # else the others wait in JAX's own barrier, whose patience is shorter
     return report.summary if report else {"status": status}
 
@@ -703,11 +707,6 @@ def share(value: Any) -> list:
         client.key_value_delete(f"cleanba/{number - 1}")  # who came to this round has read the one before
     client.key_value_set(f"cleanba/{number}/{rank}", json.dumps(value))
     return get(0)
-
-
-def same_everywhere(what: str, params: Any) -> None:
-    if len(everyone := {*share(params_sha256(params))}) > 1:
-        raise RuntimeError(f"the processes have different {what}: {everyone}")
 
 
 # where things are computed: {actor_id: device} and learner devices of this process, the mesh of all learner devices,
@@ -809,7 +808,6 @@ def assemble(deliveries: list[Delivery]) -> list[Rollout]:
     return [jax.tree.map(join, *shards[shard]) for shard in sorted(shards)]
 
 
-# cores that this process may use
 num_cores = lambda: len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # === §11 Run directory, checkpoints [shared] ==========================================================================
@@ -847,7 +845,6 @@ def write_file(path: Path, content: dict[str, Any]) -> None:
     os.replace(file.name, path)
 
 
-# oldest first, named by the update
 find_checkpoints = lambda run: sorted((run / "checkpoints").glob("*.msgpack"), key=lambda path: int(path.stem))
 
 
@@ -885,8 +882,7 @@ def claim_run(args: Args, record: dict[str, Any]) -> tuple[Path, Any, bytes]:
     except BlockingIOError:
         require(False, args, "resume", "another process has this run", f"{args.resume}-2 --start-fresh")
     except OSError as error:  # names no file where only the file system has no locks
-        unlocked = error.filename is None
-        require(unlocked, args, "resume", f"{run} cannot be written: {error}", "/tmp/my-run --start-fresh")
+        require(error.filename is None, args, "resume", f"{run} cannot be written: {error}", "/tmp/run --start-fresh")
     return run, lock, data
 
 
@@ -987,13 +983,13 @@ class Report(AbstractContextManager):
             line = f"{pace}, {score}, learner waits {waits:.0%} of the time for {part}"
             print("\x1b[K" * live + line, end="\r" if live else "\n", flush=True)
 
-    def end(self, status: str, network: nn.Module, params: Any, sigterm: threading.Event) -> None:
+    def end(self, status: str, network: nn.Module, params: Any, heard: Collection[int]) -> None:
         """What follows the last update: the last checkpoint on disk, --save-model and its games."""
         self.status, self.params = status, params
         self.finish()
         if self.args.save_model and status == "finished":
             save_model(self.run / "model.msgpack", self.args, params)
-            scores = play_games(self.args, network, params, self.args.eval_episodes, sigterm)
+            scores = play_games(self.args, network, params, self.args.eval_episodes, heard)
             self.evaluation = {"scores": scores, "mean": float(np.mean(scores)), "std": float(np.std(scores))}
             self.write(self.kept["updates"] * self.sizes.steps, {"eval/episodic_return": np.mean(scores)})
             print(f"model: {self.run}/model.msgpack, mean score of {len(scores)} games {np.mean(scores):.2f}")
@@ -1039,7 +1035,7 @@ class Report(AbstractContextManager):
 EVALUATION = 2**32 - 1  # the generation of evaluation's seeds; those of training count from 0
 
 
-def play_games(args: Args, network, params, episodes: int, stopped=None) -> list[float]:
+def play_games(args: Args, network, params, episodes: int, heard=()) -> list[float]:
     """Scores of whole games, the first of each of `episodes` environments, so that short games do not count double."""
     envs = Envs(make_env(args, env_seeds(args.seed, EVALUATION, 0, episodes), num_cores()))
     (act, _), key, scores = make_policy(network), jax.random.key(args.seed), {}
@@ -1047,7 +1043,7 @@ def play_games(args: Args, network, params, episodes: int, stopped=None) -> list
         envs.step(jax.device_get(act(params, envs.obs, key, step).action))
         for i, (score, _) in zip(np.flatnonzero(envs.over).tolist(), envs.pop_games(), strict=True):
             scores.setdefault(i, score)
-        if stopped and stopped.is_set():
+        if heard:
             sys.exit(128 + signal.SIGTERM)
         if len(scores) == episodes:
             return [scores[i] for i in range(episodes)]
@@ -1067,30 +1063,34 @@ def load_model(path: Path) -> tuple[Args, nn.Module, Any]:
 
 
 def main() -> None:
-    args, sigterm = tyro.cli(Args, description=__doc__), threading.Event()
+    args, heard = tyro.cli(Args, description=__doc__), set()
     # read when the backend starts, that is by the first JAX call; a flag of the user's comes later and wins
     os.environ["XLA_FLAGS"] = f"--xla_gpu_deterministic_ops=true {os.environ.get('XLA_FLAGS', '')}".strip()
 
-    def on_sigterm(number, frame):
-        if sigterm.is_set():
-            signal.alarm(1)  # the most that a summary may take
-            raise SystemExit(128 + number)
-        sigterm.set()
-        os.write(2, b"SIGTERM: the run ends after this update, at a second one at once\n")
+    def on_signal(number, frame):
+        again = number in heard
+        heard.add(number)
+        if number == signal.SIGTERM and not again:
+            return os.write(2, b"SIGTERM: the run ends after this update, at a second one at once\n")
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        signal.alarm(1)  # the most that a summary may take
+        raise SystemExit(128 + number)
 
-    signal.signal(signal.SIGTERM, on_sigterm)
-    code = 1
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    code, leave = 1, os._exit  # a thread may still wait inside XLA, and Python's own way out would abort over it
     try:
-        code = 128 + signal.SIGTERM if train(args, sigterm)["status"] == "preempted" else 0
+        code = 128 + signal.SIGTERM if train(args, heard)["status"] == "preempted" else 0
+        leave = sys.exit
     except FlagError as error:
-        code = 2
+        code, leave = 2, sys.exit
         print(f"error: {error}", file=sys.stderr)
     except (KeyboardInterrupt, SystemExit) as error:
         code = getattr(error, "code", 128 + signal.SIGINT)
     except BaseException:
         traceback.print_exc()
-    # after a failure a thread may still wait inside XLA, and Python's own way out would abort over it
-    (os._exit if code in (1, 128 + signal.SIGINT) else sys.exit)(code)
+    leave(code)
 
 
 if __name__ == "__main__":

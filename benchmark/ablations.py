@@ -170,7 +170,7 @@ def run(job: tuple[Path, int, bool, int, int]) -> dict[str, Any]:
     script = load(path, {} if fixed else ablation.patches)
     script.env_spec = lambda args: ((4, SIZE, SIZE), 3)
     script.make_env = lambda args, seeds, threads: pools.append(Catch(seeds, **ablation.game)) or pools[-1]
-    end = script.Report.end  # whose arguments are status, network, parameters, sigterm
+    end = script.Report.end  # whose arguments are status, network, parameters, heard
     script.Report.end = lambda report, *last: params.append(last[2]) or end(report, *last)
     tuned = TUNED[hasattr(script, "ppo_loss")] | ablation.flags[not fixed]
     args = script.Args(**FLAGS, **tuned, seed=seed, total_timesteps=steps, log_frequency=10**6)

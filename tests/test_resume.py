@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from functools import cache
 from pathlib import Path
@@ -97,10 +96,8 @@ def test_a_finished_run_can_be_resumed(script):
     finished = script.train(script.Args(**TINY | dict(checkpoint_frequency=0, total_timesteps=64)))
     flags = TINY | dict(checkpoint_frequency=0, total_timesteps=64, resume=finished["run_name"])
     args = script.Args(**flags, save_model=True, eval_episodes=1)
-    sigterm = threading.Event()
-    sigterm.set()
     with pytest.raises(SystemExit, match="143"):
-        script.train(args, sigterm)
+        script.train(args, {signal.SIGTERM})
     assert json.loads(Path("runs", finished["run_name"], "summary.json").read_text())["status"] == "preempted"
     again = script.train(args)
     assert again["params_sha256"] == finished["params_sha256"]
