@@ -261,12 +261,9 @@ def test_whatever_fails_leaves_a_summary(script, monkeypatch):
 def test_a_lost_ctrl_c_ends_the_run_after_the_update(script, monkeypatch):
     """An exception that a signal raises inside a callback of the garbage collector is lost; the signal is not."""
     update, heard = script.Report.update, set()
-    monkeypatch.setattr(
-        script.Report, "update", lambda report, *news: (update(report, *news), heard.add(signal.SIGINT))
-    )
-    args = script.Args(
-        img_size=16, channels=(4,), local_num_envs=4, num_actor_threads=1, num_steps=8, num_minibatches=1
-    )
+    deaf = lambda report, *news: (update(report, *news), heard.add(signal.SIGINT))
+    monkeypatch.setattr(script.Report, "update", deaf)
+    flags = dict(img_size=16, channels=(4,), local_num_envs=4, num_actor_threads=1, num_steps=8, num_minibatches=1)
     with pytest.raises(KeyboardInterrupt):
         script.train(script.Args(**flags), heard)
     (path,) = Path("runs").glob("*/summary.json")
