@@ -16,8 +16,9 @@ leaves cores idle when alone lets a CPU's run exceed its limit.
 import json
 import os
 import resource
+import signal
 import sys
-import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import redirect_stdout
@@ -113,7 +114,7 @@ def limit(parts: dict[str, float], concurrency: bool, cpu: bool, same_device: bo
 
 def take_turns(script, args, parts: dict[str, Callable], minutes: float, trace: Path | None = None) -> list[dict]:
     """Rounds of the run and the parts, or one of the run alone, all in seconds of an update."""
-    rounds, rows, stop, deadline = [], [], threading.Event(), default_timer() + 60 * minutes
+    rounds, rows, heard, deadline = [], [], set(), default_timer() + 60 * minutes
     length = min(5, 12 * minutes) if parts else 60 * minutes
 
     class HandOff(script.HandOff):
@@ -128,15 +129,15 @@ def take_turns(script, args, parts: dict[str, Callable], minutes: float, trace: 
                 run["training_time"] = run["seconds"] - run["wait"]
                 rows.clear()
                 while any(rollouts.qsize() < self.concurrency for rollouts in self.rollouts.values()):
-                    stop.wait(1e-3)  # an actor plays
+                    time.sleep(1e-3)  # an actor plays
                 rounds.append({"run": run, "parts": {name: timeit(part, number=1) for name, part in parts.items()}})
                 print(f"{'profile' if trace else 'round'}: {run['seconds']:.3f} s an update", file=sys.stderr)
                 if default_timer() > deadline:
-                    stop.set()
+                    heard.add(signal.SIGTERM)  # the run ends after this update
             return deliveries
 
     with TemporaryDirectory() as place, redirect_stdout(StringIO()), patch.object(script, "HandOff", HandOff):
-        script.train(replace(args, resume=f"{place}/run", start_fresh=True), stop)
+        script.train(replace(args, resume=f"{place}/run", start_fresh=True), heard)
     return rounds
 
 
@@ -157,8 +158,7 @@ def measure(options: Options) -> dict[str, Any]:
     except script.FlagError as error:
         sys.exit(f"error: {error}")
     parts, learners = make_parts(script, args, sizes, devices) if options.parts else {}, devices.learners
-    for part in parts.values():
-        part()  # compiles
+    [part() for part in parts.values()]  # compiles
     rounds = take_turns(script, args, parts, options.minutes)
     run, parts = (over([r[name] for r in rounds], median) for name in ("run", "parts"))
     figures = {"device": learners[0].device_kind, "cores": script.num_cores(), "steps": sizes.steps, "rounds": rounds}
