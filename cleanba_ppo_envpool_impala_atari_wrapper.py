@@ -3,10 +3,7 @@
 # dependencies = ["envpool==1.2.5", "flax==0.12.8", "gymnasium==1.4.0", "jax==0.10.2", "numpy==2.4.6", "optax==0.2.8",
 #                 "tensorboard==2.21.0", "tyro==1.0.17"]
 # ///
-"""PPO under IMPALA's Atari protocol, with many actors and many learner devices, reproducible to the bit.
-
-The PPO of Cleanba (Huang et al. 2023) in the environments of Espeholt et al. 2018: a lost life ends the episode, 30
-no-ops, no sticky actions, the game's own actions. Scores are still those of whole games.
+"""PPO under IMPALA's Atari protocol (a lost life ends the episode, no sticky actions), reproducible to the bit.
 
 Actors (threads, each with a pool of environments) play rollouts; the learner (one or more devices) turns one rollout
 of every actor into one update. Parameters are handed to the actors as tokens, one token a rollout, so which version
@@ -21,7 +18,6 @@ plays which rollout never depends on which thread was fast:
 
     python THIS_FILE.py --env-id Pong-v5
     python THIS_FILE.py --actor-device-ids 0 --learner-device-ids 1 2 3 --num-shards 6 --local-num-envs 60
-    python THIS_FILE.py --img-size 42 --channels 8 16 16 --local-num-envs 8    (small; README.md has one for a laptop)
 
 To change the environment edit section 2, the network section 3, the loss or a metric section 7. What is learned ends
 with `train`; below the stairs is where it runs and what is kept of it.
@@ -40,7 +36,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -52,7 +47,7 @@ from importlib.metadata import version as package_version
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import envpool
 import flax.linen as nn
@@ -68,7 +63,6 @@ from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer import event_file_writer
 
 # === §1 Args ==========================================================================================================
@@ -91,16 +85,18 @@ class Args:
     wandb_entity: str | None = None  # Weights & Biases team or user
     log_frequency: Count = 10  # updates between two logs
     checkpoint_frequency: Natural = 0  # updates between two checkpoints, all games start anew after each; 0 only at end
-    keep_checkpoints: Count = 2  # newest checkpoints that are kept
+    keep_checkpoints: Natural = 2  # newest checkpoints that are kept, 0 keeps all
     resume: str | None = None  # go on with this run: its directory, or its name below runs
     start_fresh: bool = False  # with --resume, start the run if it has no checkpoint
+    load_model: str | None = None  # start with the parameters of this model.msgpack, of the same network
     save_model: bool = False  # write parameters and flags to model.msgpack at the end, and play games with them
     eval_episodes: Count = 10  # games that --save-model plays, each in an environment of its own
     env_id: str = "Breakout-v5"  # an Atari game of EnvPool
-    img_size: Annotated[int, "must be 8 or more", lambda x: x >= 8] = 84  # of observations; 42 suits a CPU
+    img_size: int = 84  # of observations; 42 suits a CPU
+    actor_timeout: Count = 300  # seconds that one step of an actor's environments may take before the run fails
     env_threads: Natural = 0  # EnvPool threads of each actor; 0 shares the cores among the actors
-    total_timesteps: int = 50_000_000  # environment steps of the run, 4 frames each
-    learning_rate: Positive = 2.5e-4  # of Adam, at the start
+    total_timesteps: int = 50_000_000  # environment steps of the run
+    learning_rate: Weight = 2.5e-4  # of Adam, at the start
     local_num_envs: Count = 60  # environments of each actor thread
     num_actor_threads: Count = 1  # actor threads on each actor device
     num_steps: Count = 128  # T, the steps of a rollout
@@ -117,6 +113,7 @@ class Args:
     max_grad_norm: Positive = 0.5  # gradients are clipped to this global norm
     channels: Widths = (16, 32, 32)  # channels of the network's convolution sequences
     hiddens: Widths = (256,)  # widths of the dense layers after them
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of convolutions and hidden layers; all else is float32
     actor_device_ids: Ids = (0,)  # local devices that run the actors' forward passes
     learner_device_ids: Ids = (0,)  # local devices that compute gradients
     num_shards: Count = 4  # slices of a batch whose gradients are computed apart; learner devices must divide it
@@ -149,6 +146,7 @@ def env_spec(args: Args) -> tuple[tuple[int, ...], int]:
     games = [name for name, (module, *_) in envpool.registration.registry.specs.items() if module == "envpool.atari"]
     close = get_close_matches(args.env_id, games, 1) or [Args.env_id]
     require(args.env_id in games, args, "env_id", f"must be one of EnvPool's {len(games)} Atari games", close[0])
+    require(8 <= args.img_size <= 1024, args, "img_size", "must be 8 to 1024", Args.img_size)
     spec = envpool.make_spec(args.env_id, **env_options(args))
     return spec.observation_space.shape, int(spec.action_space.n)
 
@@ -179,39 +177,33 @@ class Envs:
         # bool[B]: where `obs` ended an episode, so that the next step only resets; where it ended a whole game
         self.reset = self.over = np.zeros(len(self.obs), bool)
         self.score, self.length = np.zeros(len(self.obs)), np.zeros(len(self.obs), int)
+        self.steps, self.since = 0, np.inf  # steps begun; when the one that is under way began
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Play action i32[B]; return reward f32[B], clipped as the agent learns it, and terminated bool[B]."""
+        self.steps, self.since = self.steps + 1, time.monotonic()
         self.obs, reward, terminated, truncated, info = self.pool.step(action)
-        terminated = terminated | info["terminated"].astype(bool)  # a game lost at its last step is no time limit's
-        self.score += info["reward"]  # the game's own points
-        self.length += ~self.reset
+        self.since = np.inf
+        # the game's own points, and its own end, which a last step has too where the time limit is all that is told
+        points, ended = info.get("reward", reward), info.get("terminated", terminated).astype(bool)
+        self.score, self.length, terminated = self.score + points, self.length + ~self.reset, terminated | ended
         before, self.lives = self.lives, info.get("lives", 0)
         # where a lost life ends an episode, a game that ends in a reset starts again without a word, or is told twice
         unsaid = self.reset & ~self.over & (before > 0) & (before < self.full) & (self.lives == self.full)
-        over = self.over = (info["terminated"].astype(bool) | truncated) & ~self.over | unsaid  # a whole game
+        over = self.over = (ended | truncated) & ~self.over | unsaid  # a whole game
         self.games += zip(self.score[over].tolist(), self.length[over].tolist(), strict=True)
         self.score[over], self.length[over] = 0, 0
         self.reset = terminated | truncated
         return reward, terminated
 
-    def pop_games(self) -> list[tuple[float, int]]:
-        """(score, length in steps) of every game that ended since the last call."""
-        games, self.games = self.games, []
-        return games
-
 
 # === §3 Network [shared] ==============================================================================================
 def max_pool(x: jax.Array) -> jax.Array:
-    """3x3 maximum with stride 2 and SAME padding, f32[N,H,W,C] -> f32[N,ceil(H/2),ceil(W/2),C].
-
-    Two passes of strided slices give the bits of `nn.max_pool`; their gradient takes a third of the time on a CPU.
-    """
+    """3x3 maximum with stride 2, SAME, f32[N,H,W,C]: the bits of `nn.max_pool`, a third of its gradient's CPU time."""
     for axis in (1, 2):
         size = -(-x.shape[axis] // 2)
         total = 2 * size + 1 - x.shape[axis]
-        padding = [(0, 0)] * x.ndim
-        padding[axis] = (total // 2, total - total // 2)
+        padding = [(total // 2, total - total // 2) if i == axis else (0, 0) for i in range(x.ndim)]
         padded = jnp.pad(x, padding, constant_values=-jnp.inf)
         x = reduce(jnp.maximum, (jax.lax.slice_in_dim(padded, i, i + 2 * size - 1, 2, axis) for i in range(3)))
     return x
@@ -219,39 +211,38 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 class ResidualBlock(nn.Module):
     channels: int
+    dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = nn.Conv(self.channels, (3, 3))(nn.relu(x))
-        return x + nn.Conv(self.channels, (3, 3))(nn.relu(y))
+        y = nn.Conv(self.channels, (3, 3), dtype=self.dtype)(nn.relu(x))
+        return x + nn.Conv(self.channels, (3, 3), dtype=self.dtype)(nn.relu(y))
 
 
 class ActorCritic(nn.Module):
-    """IMPALA's large network (Espeholt et al. 2018, figure 3) without the LSTM.
-
-    u8[N,4,H,W] -> (logits f32[N,A], value f32[N])
-    """
+    """IMPALA's large network (Espeholt et al. 2018, figure 3), no LSTM; obs -> (logits f32[N,A], value f32[N])."""
 
     num_actions: int
     channels: tuple[int, ...]
     hiddens: tuple[int, ...]
+    dtype: Any = "float32"  # of convolutions and hidden layers
 
     @nn.compact
     def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = jnp.transpose(obs, (0, 2, 3, 1)) / 255.0
         for channels in self.channels:
-            x = max_pool(nn.Conv(channels, (3, 3))(x))
-            x = ResidualBlock(channels)(x)
-            x = ResidualBlock(channels)(x)
+            x = max_pool(nn.Conv(channels, (3, 3), dtype=self.dtype)(x))
+            x = ResidualBlock(channels, self.dtype)(x)
+            x = ResidualBlock(channels, self.dtype)(x)
         x = nn.relu(x).reshape(x.shape[0], -1)
         for width in self.hiddens:
-            x = nn.relu(nn.Dense(width, kernel_init=nn.initializers.orthogonal(np.sqrt(2)))(x))
+            x = nn.relu(nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.orthogonal(np.sqrt(2)))(x))
         logits = nn.Dense(self.num_actions, kernel_init=nn.initializers.orthogonal(0.01))(x)
         value = nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0))(x)
         return logits, value[:, 0]
 
 
-make_network = lambda args: ActorCritic(env_spec(args)[1], args.channels, args.hiddens)
+make_network = lambda args: ActorCritic(env_spec(args)[1], args.channels, args.hiddens, args.compute_dtype)
 
 
 # === §4 Rollout =======================================================================================================
@@ -270,7 +261,7 @@ class Rollout(NamedTuple):
     last observation. Every leaf has its environments on axis 1.
     """
 
-    obs: jax.Array  # u8[T+1,B,4,H,W]
+    obs: jax.Array  # [T+1,B,...], here u8[T+1,B,4,H,W]
     reset: jax.Array  # bool[T+1,B], rows that an auto-reset wastes
     reward: jax.Array  # f32[T,B]
     terminated: jax.Array  # bool[T,B]
@@ -287,9 +278,8 @@ def make_policy(network: nn.Module) -> tuple[Callable, Callable]:
         action = jax.random.categorical(jax.random.fold_in(key, t), logits)
         return Behaviour(action, log_prob(logits, action), value)
 
-    @jax.jit
     def last(params, obs):
-        return {"last_value": network.apply(params, obs)[1][None]}
+        return {"last_value": act(params, obs, jax.random.key(0), 0).value[None]}  # compiled already
 
     return act, last
 
@@ -325,8 +315,7 @@ def collect(envs, policy, params, key, num_steps: int, seconds, stopped=None) ->
     obs[num_steps], reset[num_steps] = envs.obs, envs.reset
     with timed(seconds, "inference_time"):
         rest = jax.device_get(last(params, obs[num_steps]))
-    with timed(seconds, "storage_time"):
-        return Rollout(obs, reset, reward, terminated, jax.tree.map(lambda *rows: np.stack(rows), *behaviour), **rest)
+    return Rollout(obs, reset, reward, terminated, jax.tree.map(lambda *rows: np.stack(rows), *behaviour), **rest)
 
 
 @contextmanager
@@ -343,10 +332,10 @@ def playing(args: Args, sizes: "Sizes", devices: "Devices", policy, handoff: "Ha
             for update in updates:
                 generation, since = divmod(update - 1, args.checkpoint_frequency or sys.maxsize)
                 if since == 0 or update == updates[0]:
-                    envs = None  # the pool before goes first
+                    handoff.envs[actor_id] = envs = None  # the pool before goes first
                     seeds = env_seeds(args.seed, generation, actor_id * num_envs, num_envs)
-                    envs = Envs(make_env(args, seeds, env_threads))
-                seconds = Counter()
+                    handoff.envs[actor_id] = envs = Envs(make_env(args, seeds, env_threads))
+                envs.games, seconds = [], Counter()
                 with timed(seconds, "params_queue_get_time"):
                     version, params = handoff.take_params(actor_id)
                 rollout_key = jax.random.fold_in(jax.random.fold_in(key, actor_id), update)
@@ -354,7 +343,7 @@ def playing(args: Args, sizes: "Sizes", devices: "Devices", policy, handoff: "Ha
                     rollout = collect(envs, policy, params, rollout_key, args.num_steps, seconds, handoff.stopped)
                 with timed(seconds, "storage_time"):
                     rollout = jax.block_until_ready(ship(rollout, here, sizes.shard_envs, devices))
-                handoff.rollouts[actor_id].put(Delivery(version, rollout, envs.pop_games(), seconds))
+                handoff.rollouts[actor_id].put(Delivery(version, rollout, envs.games, seconds))
         except BaseException as error:
             handoff.rollouts[actor_id].put(error)
 
@@ -379,8 +368,9 @@ class HandOff:
     spends one per rollout. So the versions acting in updates 1, 2, 3, 4 are 0, 1, 2, 3, or 0, 0, 1, 2 with concurrency.
     """
 
-    def __init__(self, actor_devices: dict[int, jax.Device], concurrency: bool):
+    def __init__(self, actor_devices: dict[int, jax.Device], concurrency: bool, patience=lambda: np.inf):
         self.devices, self.concurrency = actor_devices, concurrency
+        self.patience, self.envs = patience, {}  # seconds that one step may take, and of which actor's environments
         self.params = {actor_id: queue.SimpleQueue() for actor_id in actor_devices}
         self.rollouts = {actor_id: queue.SimpleQueue() for actor_id in actor_devices}
         self.stopped = threading.Event()
@@ -399,12 +389,19 @@ class HandOff:
         return token[0], jax.block_until_ready(token[1])
 
     def get_rollouts(self, update: int) -> list[Delivery]:
-        """Wait for one delivery of every actor, in the order of their ids; all were played by the version due."""
+        """Wait for one delivery of every actor, by id, of the version due. Raises TimeoutError if environments hang."""
         deliveries = []
         for actor_id, rollouts in self.rollouts.items():
-            deliveries.append(rollouts.get())
-            if isinstance(deliveries[-1], BaseException):
-                raise RuntimeError(f"actor {actor_id} failed: {deliveries[-1]!r}") from deliveries[-1]
+            delivery = None
+            while delivery is None:
+                with suppress(queue.Empty):
+                    delivery = rollouts.get(timeout=1)
+                envs, limit = self.envs.get(actor_id), self.patience()
+                if delivery is None and envs and time.monotonic() - envs.since > limit:
+                    raise TimeoutError(f"actor {actor_id}: step {envs.steps} of its environments takes over {limit} s")
+            if isinstance(delivery, BaseException):
+                raise RuntimeError(f"actor {actor_id} failed: {delivery!r}") from delivery
+            deliveries.append(delivery)
         versions = {delivery.version for delivery in deliveries}
         if versions != {max(0, update - 1 - self.concurrency)}:
             raise RuntimeError(f"update {update} got rollouts of versions {sorted(versions)}")
@@ -420,16 +417,15 @@ class HandOff:
 # === §7 Loss ==========================================================================================================
 # f32[T,B] each: advantage and weight (1 or 0), both 0 in reset rows; target, the return that the value is fitted to
 Estimate = namedtuple("Estimate", "advantage target weight")
-
-
-# M rows of one shard: obs u8[M,4,H,W], Behaviour, and f32[M] advantage (normalised), target, weight (the row's share of
+# M rows of one shard: obs [M,...], Behaviour, and f32[M] advantage (normalised), target, weight (the row's share of
 # the global minibatch: those of all shards sum to 1)
 Minibatch = namedtuple("Minibatch", "obs behaviour advantage target weight")
 
 
 def log_prob(logits: jax.Array, action: jax.Array) -> jax.Array:
     """log pi(action), f32[...,A], i32[...] -> f32[...]."""
-    return jnp.take_along_axis(jax.nn.log_softmax(logits), action[..., None], axis=-1)[..., 0]
+    chosen = action[..., None] == jnp.arange(logits.shape[-1])  # no gather: its gradient would be a scatter
+    return jnp.sum(jnp.where(chosen, jax.nn.log_softmax(logits), 0.0), axis=-1)
 
 
 def compute_gae(rollout: Rollout, gamma: float, gae_lambda: float) -> Estimate:
@@ -464,11 +460,8 @@ def ppo_loss(params, apply, minibatch: Minibatch, args: Args) -> tuple[jax.Array
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
 
     error = minibatch.target - minibatch.behaviour.value
-    metrics = {
-        "loss": loss,
-        "policy_loss": policy_loss,
-        "value_loss": value_loss,
-        "entropy": entropy,
+    metrics = {"loss": loss, "policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
+    metrics |= {
         "approx_kl": mean(ratio - 1 - log_ratio),  # Schulman's low-variance estimate, joschu.net/blog/kl-approx
         "clipfrac": mean(jnp.abs(ratio - 1) > args.clip_coef),
         "target": mean(minibatch.target),  # and three moments more, of which `summarise` makes explained_variance
@@ -523,12 +516,10 @@ def advantage_sums(estimate: Estimate, index, sums=None) -> Any:
 
 def shard_gradient(network, args: Args, params, rollout: Rollout, estimate: Estimate, index, sums, squares, at):
     """Gradient and metrics of one piece of a minibatch, `at` = (minibatch, piece), to be added to all the others."""
-    rows = index[at[0], at[1]]
+    row, obs, behaviour = pick((estimate, rollout.obs, rollout.behaviour), index[at])
     weight = jnp.maximum(sums["weight"][at[0]], 1.0)
-    row = pick(estimate, rows)
     mean, deviation = sums["advantage"][at[0]] / weight, jnp.sqrt(squares[at[0]] / weight)
     advantage = (row.advantage - mean) / (deviation + 1e-8) if args.norm_adv else row.advantage
-    obs, behaviour = pick((rollout.obs, rollout.behaviour), rows)
     minibatch = Minibatch(obs, behaviour, advantage, row.target, row.weight / weight)
     (_, metrics), gradient = jax.value_and_grad(ppo_loss, has_aux=True)(params, network.apply, minibatch, args)
     return gradient, metrics
@@ -547,10 +538,9 @@ def make_update(args: Args, network: nn.Module, devices: "Devices", sizes: "Size
     advantages, gradient = jit(advantage_sums), jit(shard_gradient, network, args)
     accumulate = jit(lambda a, b: jax.tree.map(jnp.add, a, b))
     step = jit(lambda state, grads: (state.apply_gradients(grads=grads), optax.tree.norm(grads)))
-    total = make_total(devices)
+    total, pieces = make_total(devices), range(args.gradient_accumulation_steps)
 
     def minibatch_gradient(params, shard, minibatch):
-        pieces = range(args.gradient_accumulation_steps)
         return reduce(accumulate, (gradient(params, *shard, (minibatch, i)) for i in pieces))
 
     def update(states, rollouts, key):
@@ -581,13 +571,17 @@ def train(args: Args, heard: Collection[int] = ()) -> dict[str, Any]:
         actor_key, learner_key, params_key = jax.random.split(jax.random.key(args.seed), 3)
         network, (optimizer, learning_rate) = make_network(args), make_optimizer(args, sizes)
         quick = {"xla_backend_optimization_level": 0}  # runs once: the default would compile for seconds
-        params = jax.jit(network.init, compiler_options=quick)(params_key, np.zeros((1, *env_spec(args)[0]), np.uint8))
+        params = jax.jit(network.init, compiler_options=quick)(params_key, np.zeros((1, *env_spec(args)[0])))
+        params = params if args.load_model is None else load_params(args, params)
         state = TrainState.create(apply_fn=network.apply, params=params, tx=optimizer)
         done, (state, previous) = restore(args, report.data if report else b"", (state, params))
         states = [jax.device_put(state, device) for device in devices.learners]
         learner_key = jax.device_put(learner_key, devices.learners[0])
-        learn, handoff = make_update(args, network, devices, sizes), HandOff(devices.actors, args.concurrency)
-        updates, status = range(done + 1, sizes.updates + 1), "finished"
+        learn, updates = make_update(args, network, devices, sizes), range(done + 1, sizes.updates + 1)
+        patience, status = lambda: 4 if heard else args.actor_timeout, "finished"  # who asks for an end waits less
+        handoff = HandOff(devices.actors, args.concurrency, patience)
+        total, envs = sizes.updates * sizes.steps, sizes.actors * args.local_num_envs
+        print(f"making {envs} environments for {total} of {args.total_timesteps} steps, whole updates", flush=True)
 
         with playing(args, sizes, devices, make_policy(network), handoff, actor_key, updates):
             if args.concurrency:
@@ -597,9 +591,10 @@ def train(args: Args, heard: Collection[int] = ()) -> dict[str, Any]:
                 seconds = Counter()
                 with timed(seconds, "rollout_queue_get_time"):
                     deliveries = handoff.get_rollouts(update)
-                # beside: the first collective gives up if processes come to it far apart
-                if update == updates[0] and len({*share(params_sha256(states[0].params))}) > 1:
-                    raise RuntimeError("the processes start from different parameters")
+                if update == updates[0]:
+                    if len({*share(params_sha256(states[0].params))}) > 1:  # all are here now, as Gloo wants it
+                        raise RuntimeError("the processes start from different parameters")
+                    print("the first rollouts are here; compiling what learns from them", flush=True)
                 with timed(seconds, "training_time"):
                     updated = learn(states, assemble(deliveries), jax.random.fold_in(learner_key, update))
                     previous, (states, metrics) = states[0].params, jax.block_until_ready(updated)
@@ -628,7 +623,10 @@ def train(args: Args, heard: Collection[int] = ()) -> dict[str, Any]:
 # === §10 Flags, processes, devices [shared] ===========================================================================
 # what the flags amount to: actors of this process, T * B, environments of a shard, updates of the run
 Sizes = namedtuple("Sizes", "actors steps shard_envs updates")
-ROUNDS = count(1)  # of `share`, in this process
+# where: {actor_id: device} and learner devices of this process, the mesh of all learner devices (each has an equal run
+# of shards), this process's first shard, and of each of its shards the place of its device among `learners`
+Devices = namedtuple("Devices", "actors learners mesh first_shard of_shard")
+num_cores = lambda: len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class FlagError(ValueError):
@@ -678,8 +676,7 @@ def join(args: Args) -> None:
     place = (args.coordinator_address, args.num_processes, args.process_id)
     if not args.distributed and place == (None, None, None):
         return
-    others = [i for i in range(args.num_processes or 0) if i != args.process_id]
-    print(f"waiting {args.peer_timeout} s at most for the processes {others} ({args.coordinator_address})", flush=True)
+    print(f"waiting for the other processes, {args.peer_timeout} s at most", flush=True)
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is the run's own
     visible = sorted({*args.actor_device_ids, *args.learner_device_ids})
     patience = dict(initialization_timeout=args.peer_timeout, heartbeat_timeout_seconds=args.peer_timeout)
@@ -690,12 +687,12 @@ def join(args: Args) -> None:
         raise FlagError("coordinator_address", place, rule, "10.0.0.1:9876 --num-processes 2 --process-id 0") from None
 
 
-def share(value: Any) -> list:
+def share(value: Any, rounds=count(1)) -> list:  # noqa: B008 - counts on, for this process
     """Everyone's `value` (JSON), by rank. Every process must call this at the same point of the run."""
     rank, size, client = global_state.process_id, global_state.num_processes, global_state.client
     if size == 1:
         return [value]
-    number = next(ROUNDS)
+    number = next(rounds)
 
     def get(other: int) -> Any:
         while True:  # in short waits: between them Python hears Ctrl-C
@@ -712,12 +709,6 @@ def share(value: Any) -> list:
     return get(0)
 
 
-# where things are computed: {actor_id: device} and learner devices of this process, the mesh of all learner devices,
-# the first shard of this process, and of each of its shards the place of its device among `learners`. Learner devices
-# own equal runs of consecutive shards, in the order of the mesh.
-Devices = namedtuple("Devices", "actors learners mesh first_shard of_shard")
-
-
 def set_up(args: Args) -> tuple[Sizes, Devices, dict[str, Any]]:
     """Meet the other processes, hold their flags against each other, find the devices. Raises FlagError."""
     join(args)
@@ -730,8 +721,7 @@ def set_up(args: Args) -> tuple[Sizes, Devices, dict[str, Any]]:
         require(local.keys() >= {*getattr(args, flag)}, args, flag, f"the devices here are {[*local]}", min(local))
     around = {"script": Path(__file__).stem, "device": here[0].device_kind} | VERSIONS
     around |= {"threads of XLA (NPROC)": int(os.environ.get("NPROC", max(num_cores(), len(here))))} if cpu else {}
-    record = {"args": asdict(args), "actors": sizes.actors * processes, "around": around}
-    record = json.loads(json.dumps(record))
+    record = json.loads(json.dumps({"args": asdict(args), "actors": sizes.actors * processes, "around": around}))
     same = {name: value for name, value in record["args"].items() if name not in OWN_FLAGS}
     same |= {name: len(same[name]) for name in ("actor_device_ids", "learner_device_ids")}
     learners = [local[i] for i in args.learner_device_ids]
@@ -811,18 +801,15 @@ def assemble(deliveries: list[Delivery]) -> list[Rollout]:
     return [jax.tree.map(join, *shards[shard]) for shard in sorted(shards)]
 
 
-num_cores = lambda: len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
 # === §11 Run directory, checkpoints [shared] ==========================================================================
 # flags that each process has for itself, and those that may change on resume: where a run is, and what is kept of it
 OWN_FLAGS = {"coordinator_address", "num_processes", "process_id", "distributed", "env_threads"}
 FREE_FLAGS = OWN_FLAGS | {"num_actor_threads", "actor_device_ids", "learner_device_ids", "peer_timeout", "exp_name"}
-FREE_FLAGS |= {"track", "wandb_project_name", "wandb_entity", "log_frequency", "keep_checkpoints"}
+FREE_FLAGS |= {"track", "wandb_project_name", "wandb_entity", "log_frequency", "keep_checkpoints", "actor_timeout"}
 FREE_FLAGS |= {"resume", "start_fresh", "save_model", "eval_episodes"}
-
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "envpool", "numpy")
-VERSIONS = {"python": sys.version.split()[0]} | {name: package_version(name) for name in PACKAGES}
+find_checkpoints = lambda run: sorted((run / "checkpoints").glob("*.msgpack"), key=lambda path: int(path.stem))
+VERSIONS = {name: package_version(name) for name in ("jax", "jaxlib", "flax", "optax", "envpool", "numpy")}
+VERSIONS |= {"python": sys.version.split()[0]}
 
 
 def params_sha256(params: Any) -> str:
@@ -835,20 +822,20 @@ def unpack(data: bytes) -> dict[str, Any]:
     """What `write_file` has written. Raises ValueError if a bit of it has changed."""
     if hashlib.sha256(data[32:]).digest() != data[:32]:
         raise ValueError("its bits are not those that were written")
-    return serialization.msgpack_restore(data[32:])
+    try:
+        return {**serialization.msgpack_restore(data[32:])}
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(f"no run wrote this: {error!r:.200}") from None
 
 
 def write_file(path: Path, content: dict[str, Any]) -> None:
     """Arrays, strings and numbers as Flax's msgpack, after 32 bytes of SHA-256; a file is there whole or not at all."""
-    data = serialization.msgpack_serialize(content)
+    data = serialization.msgpack_serialize(serialization.to_state_dict(jax.device_get(content)))
     with open(path.with_name("unfinished"), "wb") as file:  # one name: what a killed process left is written over
         file.write(hashlib.sha256(data).digest() + data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(file.name, path)
-
-
-find_checkpoints = lambda run: sorted((run / "checkpoints").glob("*.msgpack"), key=lambda path: int(path.stem))
 
 
 def load_checkpoint(run: Path) -> bytes:
@@ -894,10 +881,23 @@ def restore(args: Args, data: bytes, tree: Any) -> tuple[int, Any]:
     if not (size := share(len(data))[0]):
         return 0, tree
     content = unpack(bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(data or bytes(size), np.uint8))))
+    return content["update"], fit(args, "resume", content["state"], tree, f"{args.resume}-2 --start-fresh")
+
+
+def fit(args: Args, flag: str, saved: Any, tree: Any, instead: str) -> Any:
+    """What a file has `saved`, in the form of `tree`. Raises FlagError if it is of another one."""
     shapes = lambda tree: jax.tree.map(np.shape, serialization.to_state_dict(tree))
-    same = shapes(content["state"]) == shapes(tree)
-    require(same, args, "resume", "its network or optimizer is another", f"{args.resume}-2 --start-fresh")
-    return content["update"], serialization.from_state_dict(tree, content["state"])
+    require(shapes(saved) == shapes(tree), args, flag, "its network or optimizer is another", instead)
+    return serialization.from_state_dict(tree, saved)
+
+
+def load_params(args: Args, params: Any) -> Any:
+    """The parameters of --load-model in the form of `params`. Raises FlagError."""
+    try:
+        saved = unpack(Path(args.load_model).read_bytes())["params"]
+    except (OSError, ValueError, KeyError) as error:
+        raise FlagError("load_model", args.load_model, f"cannot be read: {error}", "runs/RUN/model.msgpack") from None
+    return fit(args, "load_model", saved, params, "runs/RUN/model.msgpack")
 
 
 # === §12 Report [shared] ==============================================================================================
@@ -924,40 +924,31 @@ class Report(AbstractContextManager):
             self.kept["wandb_id"] = self.wandb.id
         self.writer = event_file_writer.EventFileWriter(str(self.run))
         # what a run wrote after the checkpoint that it is resumed from is written again: TensorBoard forgets the first
-        start = SessionLog(status=SessionLog.START)
-        self.writer.add_event(Event(wall_time=time.time(), step=done + 1, session_log=start))
-        if devices.learners[0].platform == "cpu" and self.total * np.prod(env_spec(args)[0]) > 1e11:
-            print("On a CPU this run takes days. README.md has commands that learn in minutes.", flush=True)
+        self.writer.add_event(Event(wall_time=time.time(), step=done + 1, session_log={"status": SessionLog.START}))
         (self.run / "run.json").write_text(json.dumps(record, indent=2))
 
     def write(self, step: int, scalars: dict[str, Any]) -> None:
-        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
-        self.writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        values = [{"tag": name, "simple_value": value} for name, value in scalars.items()]
+        self.writer.add_event(Event(wall_time=time.time(), step=step, summary={"value": values}))
 
     def save(self, update: int, tree: Any) -> None:
         """Begin to write a checkpoint; all that is logged so far is then on disk too."""
         self.finish()
         self.writer.flush()
         kept = json.dumps(self.kept | {"seconds": self.kept["seconds"] + time.perf_counter() - self.start})
-        content = {"update": update, "kept": kept, "state": serialization.to_state_dict(tree)}
+        content = {"update": update, "kept": kept, "state": tree}
+        self.writing = self.thread.submit(write_file, self.run / "checkpoints" / f"{update}.msgpack", content)
 
-        def write(content: dict[str, Any]) -> None:
-            write_file(self.run / "checkpoints" / f"{update}.msgpack", content)
+    def finish(self) -> None:
+        """Wait until the checkpoint is written; then older ones may go. Raises OSError if it could not be."""
+        if self.writing:
+            writing, self.writing = self.writing, None
+            writing.result()
             for old in find_checkpoints(self.run)[: -self.args.keep_checkpoints]:
                 old.unlink()
 
-        self.writing = self.thread.submit(write, jax.device_get(content))
-
-    def finish(self, wait: bool = True) -> None:
-        """Wait until the checkpoint is written, or only look. Raises RuntimeError if it could not be."""
-        if self.writing and (wait or self.writing.done()):
-            error, self.writing = self.writing.exception(), None
-            if error:
-                raise RuntimeError(f"a checkpoint could not be written: {error}") from error
-
     def update(self, news: list, due: bool, lag: int, rate: float, times: Counter, metrics, params) -> None:
         """Take in an update: `news` of all processes, the learner's `times`. Log it if that or a checkpoint is due."""
-        self.finish(wait=False)
         kept, actors, self.params = self.kept, [actor for _, actors in news for actor in actors], params
         games, now = [game for played, _ in actors for game in played], time.perf_counter()
         kept["updates"], kept["episodes"] = kept["updates"] + 1, kept["episodes"] + len(games)
@@ -966,7 +957,7 @@ class Report(AbstractContextManager):
             times.update({name: seconds / len(actors) for name, seconds in spent.items()})
         step, total, log_frequency = kept["updates"] * self.sizes.steps, self.total, self.args.log_frequency
         sps, recent = step / (kept["seconds"] + now - self.start), self.sizes.steps / (now - (self.last or self.start))
-        due, live = due or not self.first or kept["updates"] % log_frequency == 0, sys.stdout.isatty() and step < total
+        due, live = due or not self.first or kept["updates"] % log_frequency == 0, os.isatty(1) and step < total
         self.first, self.last = self.first or (now, step), now
         if due:
             charts = {"SPS": sps, "SPS_update": recent, "learning_rate": rate}
@@ -976,6 +967,8 @@ class Report(AbstractContextManager):
             groups = {"charts": charts, "losses": summarise(jax.device_get(metrics)), "stats": stats}
             self.write(step, {f"{group}/{name}": x for group, values in groups.items() for name, x in values.items()})
             self.games = []
+            with open(self.run / "hashes.tsv", "a") as file:  # compared by benchmark/compare.py
+                file.write(f"{kept['updates']}\t{params_sha256(params)}\n")
             for name in (name for name, value in groups["losses"].items() if not np.isfinite(value)):
                 raise FloatingPointError(f"update {kept['updates']}: losses/{name} is not finite, no checkpoint made")
         if due or live:
@@ -992,6 +985,7 @@ class Report(AbstractContextManager):
         self.finish()
         if self.args.save_model and status == "finished":
             save_model(self.run / "model.msgpack", self.args, params)
+            print(f"playing {self.args.eval_episodes} games with the model", flush=True)
             scores = play_games(self.args, network, params, self.args.eval_episodes, heard)
             self.evaluation = {"scores": scores, "mean": float(np.mean(scores)), "std": float(np.std(scores))}
             self.write(self.kept["updates"] * self.sizes.steps, {"eval/episodic_return": np.mean(scores)})
@@ -1003,16 +997,16 @@ class Report(AbstractContextManager):
             return self.lock.close()
         if kind is not None:
             self.status = {KeyboardInterrupt: "interrupted", SystemExit: "preempted"}.get(kind, "failed")
-        with suppress(RuntimeError):  # told already
+        with suppress(OSError):  # told already
             self.finish()
         kept, end, mesh = self.kept, time.perf_counter(), self.devices.mesh
         steps, seconds, scores = kept["updates"] * self.sizes.steps, kept["seconds"] + end - self.start, kept["scores"]
         first, at = self.first or (end, steps)
         devices = {"actors": dict.fromkeys(self.devices.actors.values()), "learners": mesh.devices}
         self.summary = {"run_name": self.run.name, "status": self.status, "args": asdict(self.args), **kept}
-        self.summary |= {"versions": VERSIONS, "processes": mesh.size // len(self.devices.learners)}
-        self.summary |= {"devices": {part: list(map(str, own)) for part, own in devices.items()}, "global_step": steps}
-        self.summary |= {"seconds": seconds, "sps": steps / seconds, "evaluation": self.evaluation}
+        self.summary |= {"devices": {part: list(map(str, own)) for part, own in devices.items()}, "versions": VERSIONS}
+        self.summary |= {"processes": mesh.size // len(self.devices.learners), "evaluation": self.evaluation}
+        self.summary |= {"global_step": steps, "seconds": seconds, "sps": steps / seconds}
         self.summary["sps_steady"] = (steps - at) / (end - first) if steps > at else None
         mean, std = (float(f(scores)) if scores else None for f in (np.mean, np.std))
         sha256 = None if self.params is None else params_sha256(self.params)
@@ -1026,25 +1020,24 @@ class Report(AbstractContextManager):
             self.wandb.finish(exit_code=int(self.status != "finished"))
         games = f"{kept['episodes']} games" + (f", mean score {mean:.2f}" if scores else "")
         pace = f"{steps} steps in {seconds:.0f} s, {steps / seconds:.0f} steps/s"
-        print(f"{self.status}: {pace}, {games}; {self.run}/summary.json")
-        if self.status != "finished":
-            newest = find_checkpoints(self.run)[-1:]
-            print(f"go on from update {newest[0].stem} with --resume {self.run}" if newest else "it has no checkpoint")
-        print(f"params sha256: {sha256}", flush=True)
+        newest, hint = find_checkpoints(self.run)[-1:], "; --checkpoint-frequency 100 would make one every 100 updates"
+        how = f"it has no checkpoint{hint * (not self.args.checkpoint_frequency)}"
+        how = f"go on from update {newest[0].stem} with --resume {self.run}" if newest else how
+        with suppress(OSError):  # where nobody reads it, or the disk is full
+            print(f"{self.status}: {pace}, {games}; {self.run}/summary.json")
+            print(*[how] * (self.status != "finished"), f"params sha256: {sha256}", sep="\n", flush=True)
         self.lock.close()
 
 
 # === §13 Models, games, main [shared] =================================================================================
-EVALUATION = 2**32 - 1  # the generation of evaluation's seeds; those of training count from 0
-
-
 def play_games(args: Args, network, params, episodes: int, heard=()) -> list[float]:
     """Scores of whole games, the first of each of `episodes` environments, so that short games do not count double."""
-    envs = Envs(make_env(args, env_seeds(args.seed, EVALUATION, 0, episodes), num_cores()))
+    envs = Envs(make_env(args, env_seeds(args.seed, 2**32 - 1, 0, episodes), num_cores()))  # training's count from 0
     (act, _), key, scores = make_policy(network), jax.random.key(args.seed), {}
     for step in count():
+        envs.games = []
         envs.step(jax.device_get(act(params, envs.obs, key, step).action))
-        for i, (score, _) in zip(np.flatnonzero(envs.over).tolist(), envs.pop_games(), strict=True):
+        for i, (score, _) in zip(np.flatnonzero(envs.over).tolist(), envs.games, strict=True):
             scores.setdefault(i, score)
         if heard:
             sys.exit(128 + signal.SIGTERM)
@@ -1054,7 +1047,6 @@ def play_games(args: Args, network, params, episodes: int, heard=()) -> list[flo
 
 def save_model(path: Path, args: Args, params: Any) -> None:
     """Write flags and parameters to one file."""
-    params = serialization.to_state_dict(jax.device_get(params))
     write_file(path, {"script": Path(__file__).stem, "args": json.dumps(asdict(args)), "params": params})
 
 
@@ -1067,6 +1059,11 @@ def load_model(path: Path) -> tuple[Args, nn.Module, Any]:
 
 def main() -> None:
     args, heard = tyro.cli(Args, description=__doc__), set()
+    if not jax.config.jax_compilation_cache_dir:  # JAX_ENABLE_COMPILATION_CACHE=0 turns it off
+        jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/cleanba").expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if jax.config.jax_num_cpu_devices < 0:  # a CPU is as many devices as are asked for
+        jax.config.update("jax_num_cpu_devices", 1 + max(args.actor_device_ids + args.learner_device_ids, default=0))
     # read when the backend starts, that is by the first JAX call; a flag of the user's comes later and wins
     os.environ["XLA_FLAGS"] = f"--xla_gpu_deterministic_ops=true {os.environ.get('XLA_FLAGS', '')}".strip()
 
@@ -1092,7 +1089,7 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as error:
         code = getattr(error, "code", 128 + signal.SIGINT)
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
     leave(code)
 
 

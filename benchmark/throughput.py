@@ -58,7 +58,7 @@ class Options:
 def make_parts(script, args, sizes, devices) -> dict[str, Callable]:
     """Functions that each do all that an update has of a part, and wait for it, on rollouts that are played here."""
     network, key, n = script.make_network(args), jax.random.key(args.seed), args.local_num_envs
-    params = jax.jit(network.init)(key, script.np.zeros((1, *script.env_spec(args)[0]), "uint8"))
+    params = jax.jit(network.init)(key, script.np.zeros((1, *script.env_spec(args)[0])))
     state = script.TrainState.create(apply_fn=network.apply, params=params, tx=script.make_optimizer(args, sizes)[0])
     states, keys = ([jax.device_put(x, device) for device in devices.learners] for x in (state, key))
     act, last = policy = script.make_policy(network)

@@ -15,7 +15,7 @@ from pathlib import Path
 # compiled once for the whole suite and the processes that it starts.
 os.environ |= {
     "NPROC": "4",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    "JAX_NUM_CPU_DEVICES": "4",
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": os.environ.get("CLEANBA_TEST_CACHE") or tempfile.mkdtemp(prefix="cleanba-xla-"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -59,12 +59,10 @@ def test_rows_line_up(script, counting_pool):
 
 def test_games_count_each_step_once(script, counting_pool):
     envs, _ = rollouts(script, counting_pool(num_envs=3), 2, num_steps=20)
-    games = envs.pop_games()
     # environment i plays 3 + i steps with rewards 0, 1, ..., 2 + i (times 10 in the game's own points), then resets
     expected = {(10 * sum(range(3 + i)), 3 + i) for i in range(3)}
-    assert set(games) == expected
-    assert len(games) == sum(40 // (4 + i) + (40 % (4 + i) >= 3 + i) for i in range(3))
-    assert envs.pop_games() == []
+    assert set(envs.games) == expected
+    assert len(envs.games) == sum(40 // (4 + i) + (40 % (4 + i) >= 3 + i) for i in range(3))
 
 
 def played(script, monkeypatch, pool, actor_id, updates):

@@ -70,4 +70,4 @@ def test_time_limit_on_real_games(script, monkeypatch):
     assert not terminated.any()
     assert [t for t in range(33) if reset[t].all()] == [9, 20, 31]
     assert reset.sum() == 6
-    assert [length for _, length in envs.pop_games()] == [10] * 6
+    assert [length for _, length in envs.games] == [10] * 6

@@ -1,5 +1,6 @@
 """Whole runs on real Atari games, as a user starts them and as a user sees them."""
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import conftest
 import numpy as np
 import pytest
+from flax import serialization
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SHORT = [*conftest.SMALL, "--total-timesteps", "512", "--num-actor-threads", "2"]
@@ -219,23 +221,87 @@ def test_nothing_is_left_when_an_actor_dies(script, monkeypatch, counting_pool):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("actor")]
 
 
-def test_a_slow_cpu_is_told(script, monkeypatch, capsys):
-    """The defaults would take weeks on a CPU."""
+TINY = dict(img_size=16, channels=(4,), local_num_envs=4, num_actor_threads=1, num_steps=8, num_minibatches=1)
 
-    def warns(**flags):
-        args = script.Args(img_size=84, num_actor_threads=1, local_num_envs=4, num_steps=8, num_minibatches=1, **flags)
-        with pytest.raises(KeyboardInterrupt), script.Report(args, *script.set_up(args)):
-            raise KeyboardInterrupt
-        return "On a CPU this run takes days" in capsys.readouterr().out
 
-    assert warns()
-    assert not warns(total_timesteps=100_000)
+@pytest.mark.parametrize("how", ["timeout", "SIGTERM", "Ctrl-C"])
+def test_environments_that_hang(script, monkeypatch, counting_pool, how):
+    """The run ends within seconds, names actor and step, and leaves a summary; compiling takes no part of the time."""
+    released, heard = threading.Event(), set()
+
+    class Hanging(counting_pool):
+        def step(self, action):
+            if len(self.log) == 3:
+                if how == "SIGTERM":
+                    heard.add(signal.SIGTERM)
+                elif how == "Ctrl-C":
+                    threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
+                hung_at.append(time.monotonic())
+                released.wait()
+            return super().step(action)
+
+    hung_at, timeout = [], {"actor_timeout": 1} if how == "timeout" else {}
+    monkeypatch.setattr(script, "env_spec", lambda args: ((4, 8, 8), 4))
+    monkeypatch.setattr(script, "make_env", lambda args, seeds, n: Hanging(4))
+    args = script.Args(**TINY | dict(img_size=8), **timeout, total_timesteps=10**6, resume="it", start_fresh=True)
+    said = r"actor 0: step 4 of its environments takes over \d s"
+    error, message = (KeyboardInterrupt, "") if how == "Ctrl-C" else (TimeoutError, said)
+    try:
+        with pytest.raises(error, match=message):
+            script.train(args, heard)
+        assert 0.4 < time.monotonic() - hung_at[0] < 10
+    finally:
+        released.set()
+    summary = json.loads(Path("runs/it/summary.json").read_text())
+    assert summary["status"] == ("interrupted" if how == "Ctrl-C" else "failed")
+    assert summary["updates"] == 0
+
+
+def test_phases_and_whole_updates_are_told(script, capsys):
+    """Making environments and compiling take seconds each; 100 steps are three updates of 32."""
+    script.train(script.Args(**TINY, total_timesteps=100))
+    making, compiling, first, *_ = capsys.readouterr().out.splitlines()
+    assert making == "making 4 environments for 96 of 100 steps, whole updates"
+    assert "compiling" in compiling
+    assert "32/96 steps" in first
+
+
+def test_hashes_of_a_run(script):
+    """Every log has one; the last is the run's."""
+    summary = script.train(script.Args(**TINY, total_timesteps=5 * 32, log_frequency=2))
+    lines = [line.split("\t") for line in Path("runs", summary["run_name"], "hashes.tsv").read_text().splitlines()]
+    assert [int(update) for update, _ in lines] == [1, 2, 4, 5]
+    assert len({sha256 for _, sha256 in lines}) == 4
+    assert lines[-1][1] == summary["params_sha256"]
+
+
+def test_load_model(script):
+    """A run that starts with another's parameters, and moves them by nothing, ends with the same hash."""
+    one = script.train(script.Args(**TINY, total_timesteps=64, save_model=True, eval_episodes=1, env_id="Pong-v5"))
+    model = f"runs/{one['run_name']}/model.msgpack"
+    flags = dict(total_timesteps=64, load_model=model, seed=2, env_id="Pong-v5")
+    two = script.train(script.Args(**TINY, **flags, learning_rate=0.0))
+    assert two["params_sha256"] == one["params_sha256"]
+    assert two["args"]["load_model"] == model
+    assert script.train(script.Args(**TINY, **flags))["params_sha256"] != one["params_sha256"]
+
+    with pytest.raises(script.FlagError, match=f"--load-model {model}: its network or optimizer is another"):
+        script.train(script.Args(**TINY | dict(channels=(5,)), **flags))
+    Path("bad.msgpack").write_bytes(Path(model).read_bytes()[:-1])
+    Path("checkpoint.msgpack").write_bytes(sealed({"update": 1}))
+    for path, why in ("bad", "not those that were written"), ("none", "No such file"), ("checkpoint", "'params'"):
+        with pytest.raises(script.FlagError, match=rf"--load-model {path}.msgpack: cannot be read: .*{why}"):
+            script.train(script.Args(**TINY, **flags | dict(load_model=f"{path}.msgpack")))
+
+
+def sealed(content):
+    data = serialization.msgpack_serialize(content)
+    return hashlib.sha256(data).digest() + data
 
 
 def test_nan_ends_the_run(script):
     """At the next log, with its name; no checkpoint is made of it, and the last one before is kept."""
-    flags = dict(img_size=16, channels=(4,), local_num_envs=4, num_actor_threads=1, num_steps=8, num_minibatches=1)
-    flags |= dict(checkpoint_frequency=1, total_timesteps=10**6, resume="it", start_fresh=True, anneal_lr=False)
+    flags = TINY | dict(checkpoint_frequency=1, total_timesteps=10**6, resume="it", start_fresh=True, anneal_lr=False)
     with pytest.raises(FloatingPointError, match=r"update \d+: losses/\w+ is not finite, no checkpoint made"):
         script.train(script.Args(**flags, learning_rate=1e30))
     summary = json.loads(Path("runs/it/summary.json").read_text())

@@ -28,6 +28,7 @@ class Network(nn.Module):
     num_actions: int
     channels: tuple[int, ...]
     hiddens: tuple[int, ...]
+    dtype: str
 
     @nn.compact
     def __call__(self, obs):
@@ -38,7 +39,7 @@ class Network(nn.Module):
 @pytest.fixture(autouse=True)
 def restored(monkeypatch):
     """What the tool changes in its process, which is otherwise its own."""
-    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
     monkeypatch.setattr(sys, "path", [*sys.path])
 
 
@@ -240,7 +241,7 @@ def test_points_of_scaling(tmp_path):
     """Processes that really have as many learner devices."""
     command = [sys.executable, str(conftest.ROOT / "benchmark" / "throughput.py")]
     command += [str(conftest.ROOT / "cleanba_impala_envpool.py"), "--json", "figures.json", "--minutes", "0.02"]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
     subprocess.run([*command, "--scale-learners", "1", "2", "--", *TINY], check=True, env=environment)
     one, two = json.loads((tmp_path / "figures.json").read_text())["points"]
     assert (one["setting"][1:], two["setting"][1:]) == (["0"], ["0", "1"])

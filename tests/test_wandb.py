@@ -1,0 +1,82 @@
+"""With the real Weights & Biases, offline: its files hold flags, and the log by steps; a resumed run is the same one.
+
+uv run --extra track pytest -m slow tests/test_wandb.py
+"""
+
+import json
+import signal
+import struct
+from pathlib import Path
+
+import conftest
+import pytest
+
+pytest.importorskip("wandb")
+from wandb.proto import wandb_internal_pb2
+
+pytestmark = pytest.mark.slow
+
+
+def records(data: bytes):
+    """What a .wandb file holds: after 7 bytes, LevelDB's log, pieces of records in blocks of 32 KiB."""
+    assert data[:4] == b":W&B"
+    at, whole = 7, b""
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left  # no room for a head
+            continue
+        _, length, part = struct.unpack("<IHB", data[at : at + 7])  # checksum, length, whole or first, middle, last
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if part in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+
+
+def told(path: Path) -> dict:
+    """What a run has told Weights & Biases: id, name, project, flags; rows of its log; exit code."""
+    found = {"rows": []}
+    for record in records(path.read_bytes()):
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            run = record.run
+            found |= {"id": run.run_id, "name": run.display_name, "project": run.project}
+            found["config"] = {item.key: json.loads(item.value_json) for item in run.config.update}
+        elif kind == "history":
+            name = lambda item: item.key or "/".join(item.nested_key)
+            found["rows"].append({name(item): json.loads(item.value_json) for item in record.history.item})
+        elif kind == "exit":
+            found["exit_code"] = record.exit.exit_code
+    return found
+
+
+@conftest.one_fast
+def test_offline(script, launcher, tmp_path):
+    """Ended by SIGTERM after a few updates, resumed from the checkpoint of an earlier one."""
+    flags = [*conftest.SMALL, "--num-actor-threads", "2", "--log-frequency", "1", "--checkpoint-frequency", "2"]
+    flags += ["--track", "--wandb-project-name", "project", "--resume", "it", "--start-fresh"]
+    flags += ["--total-timesteps", str(12 * 256)]
+    offline = {"WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
+    process = launcher.start(script, *flags, **offline)
+    assert any(" 768/" in line for line in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 143
+    first = json.loads((tmp_path / "runs/it/summary.json").read_text())
+    second = launcher.run(script, *flags, **offline)
+
+    paths = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))  # named by their time
+    assert [path.stem.removeprefix("run-") for path in paths] == [first["wandb_id"], second["wandb_id"]]
+    assert first["wandb_id"] == second["wandb_id"]
+    runs = [told(path) for path in paths]
+    begin, end = second["resumed_at"][-1], first["updates"]
+    for run, summary, updates in zip(runs, (first, second), (range(1, end + 1), range(begin + 1, 13)), strict=True):
+        assert (run["id"], run["name"], run["project"]) == (summary["wandb_id"], "it", "project")
+        assert {name: run["config"][name] for name in summary["args"]} == summary["args"]
+        assert [row["global_step"] for row in run["rows"]] == [256 * update for update in updates]
+        assert run["exit_code"] == (summary is first)
+        assert all({"charts/SPS", "losses/loss", "stats/policy_lag"} <= row.keys() for row in run["rows"])
+    losses = [{row["global_step"]: row["losses/loss"] for row in run["rows"]} for run in runs]
+    assert all(losses[0][step] == losses[1][step] for step in losses[0].keys() & losses[1].keys())
