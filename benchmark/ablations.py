@@ -7,20 +7,23 @@ matter. Both arms play with the same seeds; the table gives their means and the 
 (Student's t over seeds). Rows of the CSV are single runs.
 """
 
-import csv
 import multiprocessing
 import os
 import sys
 import tempfile
+from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
 import jax
 import numpy as np
+import pandas as pd
 import tyro
+from common import markdown
 from scipy import stats
 from tqdm import tqdm
 
@@ -90,11 +93,13 @@ class Catch:
 
 
 # === The ablations ====================================================================================================
-
 STEP = "        return reward, terminated\n"
-LATE = (
-    '        late, self.late = getattr(self, "late", np.zeros_like(reward)), reward\n        return late, terminated\n'
-)
+LATE = """\
+        late, self.late = getattr(self, "late", np.zeros_like(reward)), reward
+        return late, terminated
+"""
+ENDED = "        return reward, terminated | truncated\n"
+DOORS = "a limit of 16 steps and a door; played without the limit"
 ALL_LATE = """\
         nothing = np.zeros_like(reward), np.zeros_like(terminated), np.zeros_like(self.reset)
         (reward, terminated, self.reset), self.late = getattr(self, "late", nothing), (reward, terminated, self.reset)
@@ -107,44 +112,29 @@ UNMASKED = {  # texts that only one of the algorithms has
 }
 
 
-@dataclass(frozen=True)
-class Ablation:
-    name: str  # what is taken out
-    variant: str  # of the game, in words
-    game: dict[str, int]  # options of Catch
-    patches: dict[str, str]  # text of the script: what it becomes; those that the script has
-    flags: tuple[dict[str, Any], dict[str, Any]] = ({}, {})  # with and without
-
-
+# name: what is taken out; variant: of the game, in words; game: options of Catch; patches: {text: what it becomes}, for
+# the texts that the script has; flags: with and without
+Ablation = namedtuple("Ablation", "name variant game patches flags", defaults=[({}, {})])
 ABLATIONS = [
     Ablation("reset rows are masked", "every third row is a reset row", dict(height=3), UNMASKED),
     Ablation("rewards are aligned", "the point comes at the end", {}, {STEP: LATE}),
     Ablation("rewards are aligned", "the point comes 3 steps after the landing", dict(delay=3), {STEP: LATE}),
     Ablation("rewards are aligned", "the point comes 3 steps before the end", dict(wait=3), {STEP: LATE}),
     Ablation("rewards, ends and reset rows are aligned", "the point comes at the end", {}, {STEP: ALL_LATE}),
-    Ablation(
-        "time limits are bootstrapped", "a limit of 16 steps and a door; played without the limit",
-        dict(limit=16), {STEP: "        return reward, terminated | truncated\n"},
-    ),
-    Ablation(
-        "lag 0, not 1", "the point comes at the end", {}, {},
-        (dict(concurrency=False), dict(concurrency=True)),
-    ),
-]  # fmt: skip
+    Ablation("time limits are bootstrapped", DOORS, dict(limit=16), {STEP: ENDED}),
+    Ablation("lag 0, not 1", "the point comes at the end", {}, {}, ({"concurrency": False}, {"concurrency": True})),
+]
 FLAGS = dict(img_size=SIZE, channels=(16,), hiddens=(64,), local_num_envs=16, num_actor_threads=2, num_steps=32)
 TUNED = {True: dict(learning_rate=2e-3), False: dict(learning_rate=2e-2)}  # PPO; IMPALA
 
 
 def load(path: Path, patches: dict[str, str]) -> ModuleType:
-    """A script as a module, patched. Raises ValueError unless it has one of the texts, and each at most once."""
-    text, found = path.read_text(), 0
-    for old, new in patches.items():
-        if text.count(old) > 1:
-            raise ValueError(f"{path} has {text.count(old)} times: {old}")
-        found += text.count(old)
-        text = text.replace(old, new)
-    if patches and not found:
+    """A script as a module, patched. Raises ValueError unless it has one of the texts."""
+    text = path.read_text()
+    if patches and not any(old in text for old in patches):
         raise ValueError(f"{path} has none of: {', '.join(patches)}")
+    for old, new in patches.items():
+        text = text.replace(old, new)
     module = ModuleType(path.stem)
     module.__file__, sys.modules[path.stem] = str(path), module  # dataclasses look their module up
     exec(compile(text, str(path), "exec"), module.__dict__)
@@ -185,9 +175,6 @@ def run(job: tuple[Path, int, bool, int, int]) -> dict[str, Any]:
     return row | dict(score=points, score_of_all_games=float(np.mean(np.concatenate([pool.scores for pool in pools]))))
 
 
-# === Report ===========================================================================================================
-
-
 @dataclass(frozen=True)
 class Options:
     scripts: tyro.conf.Positional[tuple[Path, ...]]  # scripts to take apart
@@ -201,49 +188,38 @@ class Options:
 def interval(with_fix: np.ndarray, without: np.ndarray) -> tuple[float, float, float]:
     """Mean difference of pairs, and its 95 % interval by Student's t. NaN with fewer than two pairs."""
     difference = with_fix - without
-    if len(difference) < 2:
-        return float(difference.mean()), np.nan, np.nan
-    half = stats.t.ppf(0.975, len(difference) - 1) * difference.std(ddof=1) / np.sqrt(len(difference))
-    return float(difference.mean()), float(difference.mean() - half), float(difference.mean() + half)
+    mean, few = float(difference.mean()), len(difference) < 2
+    return mean, *((np.nan, np.nan) if few else stats.ttest_1samp(difference, 0).confidence_interval(0.95))
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: pd.DataFrame) -> str:
     """A line for each script and ablation."""
-    lines = ["| script | fix | game | score with | without | worth [95 %] | in all games |", "|-|-|-|-:|-:|-:|-:|"]
-    for key in dict.fromkeys((row["script"], row["fix"], row["game"]) for row in rows):
-        own = [row for row in rows if (row["script"], row["fix"], row["game"]) == key]
-        cells = list(key)
-        for name in ("score", "score_of_all_games"):
-            arms = [np.array([row[name] for row in own if row["fixed"] is fixed]) for fixed in (True, False)]
-            mean, low, high = interval(*arms)
-            cells += [f"{arm.mean():.2f}" for arm in arms] if name == "score" else []
-            cells.append(f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    lines = []
+    for key, own in rows.groupby(["script", "fix", "game"], sort=False):
+        arms = {fixed: arm.sort_values("seed") for fixed, arm in own.groupby("fixed")}
+        with_fix, without = (f"{arms[fixed]['score'].mean():.2f}" for fixed in (True, False))
+        worth = [
+            "{:+.2f} [{:+.2f}, {:+.2f}]".format(*interval(*(arms[fixed][name].to_numpy() for fixed in (True, False))))
+            for name in ("score", "score_of_all_games")
+        ]
+        lines.append([*key, with_fix, without, *worth])
+    header = ["script", "fix", "game", "score with", "without", "worth [95 %]", "in all games"]
+    return markdown(header, lines)
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if missing := [str(path) for path in options.scripts or [Path("(empty)")] if not path.is_file()]:
         sys.exit(f"error: SCRIPTS {' '.join(missing)}: must be scripts. For example: cleanba_ppo_envpool.py")
-    chosen = options.only or range(len(ABLATIONS))
-    jobs = [
-        (path.resolve(), index, fixed, seed, options.steps)
-        for path in options.scripts
-        for index in chosen
-        for seed in options.seeds
-        for fixed in (True, False)
-    ]
+    paths, chosen = [path.resolve() for path in options.scripts], options.only or range(len(ABLATIONS))
+    jobs = list(product(paths, chosen, (True, False), options.seeds, [options.steps]))
     os.environ.setdefault("NPROC", "1")  # the network is too small for more, and the workers have the cores
     # a worker takes one run: patched modules leave no traces
     spawn = dict(mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1)
     with ProcessPoolExecutor(options.workers, **spawn) as pool:
-        rows = list(tqdm(pool.map(run, jobs), total=len(jobs), unit=" runs", disable=None))
+        rows = pd.DataFrame(tqdm(pool.map(run, jobs), total=len(jobs), unit=" runs", disable=None))
     if options.out:
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        rows.to_csv(options.out, index=False)
     print(table(rows))
 
 

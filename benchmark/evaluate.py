@@ -1,22 +1,32 @@
 """Scores of a trained agent, a video of one of its games, and its upload to the Hugging Face Hub.
 
     uv run benchmark/evaluate.py cleanba_ppo_envpool.py runs/NAME --episodes 10
+    uv run benchmark/evaluate.py cleanba_ppo_envpool.py runs/NAME --every-checkpoint
     uv run --extra video benchmark/evaluate.py cleanba_ppo_envpool.py runs/NAME --video game.mp4
     uv run --extra upload benchmark/evaluate.py cleanba_ppo_envpool.py runs/NAME --upload USER/NAME
 
 The script plays the games with its own `play_games`: whole games, one for each environment so that short ones do not
-count double, with the game's own points. Same model, script and flags: same scores. The video shows the first of them.
+count double, with the game's own points. Same model, script and flags: same scores. A game that does not end is cut
+after --max-minutes, and counts with its score so far. The video shows the first game.
+
+--every-checkpoint plays all checkpoints that the run has kept (--keep-checkpoints 0 keeps all) and writes, for plot.py
+to draw, RUN/evaluation.csv: update, steps, games, cut (how many of them), mean and std of the scores, scores.
+
 An upload is first written to the folder `upload` beside the model, so nothing is lost when the Hub is out of reach.
 """
 
 import json
 import os
+import re
 import shlex
-import shutil
 import sys
-from contextlib import contextmanager, nullcontext, suppress
+from collections import namedtuple
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from functools import cache
+from importlib.util import find_spec
+from itertools import count, islice
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, NamedTuple
@@ -25,6 +35,9 @@ from unittest.mock import patch
 import jax
 import numpy as np
 import tyro
+from common import find_run, load_script, require, stop
+
+STEPS_A_MINUTE = 60 * 60 // 4  # the console draws 60 frames a second, and a step is four
 
 
 @dataclass(frozen=True)
@@ -32,108 +45,81 @@ class Options:
     script: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SCRIPT")]  # the script that trained the agent
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL_OR_RUN")]  # a run, or its model.msgpack
     episodes: int = 10  # games, each in an environment of its own
+    max_minutes: float = 10.0  # of the console's time, after which a game is cut; the scripts' own limit is 30
     greedy: bool = False  # always play the most probable action, instead of sampling
     seed: int | None = None  # of the games and the actions; the run's own if not given
+    every_checkpoint: bool = False  # play every checkpoint that the run has kept, and write its evaluation.csv
     video: Path | None = None  # film the first game, in colour, to this .mp4 (pip install imageio imageio-ffmpeg)
     upload: str | None = None  # push model, card, video to this repository, USER/NAME (pip install huggingface_hub)
 
 
-class OptionError(ValueError):
-    """An option that cannot work; the message says what it is, its value, the rule and a value that works."""
-
-
-def require(ok: bool, option: str, value: Any, rule: str, instead: Any) -> None:
-    """Raise OptionError unless `ok`."""
-    if not ok:
-        raise OptionError(f"{option} {value}: {rule}. For example: {instead}")
-
-
 def check_options(options: Options) -> None:
-    """All that can be said before anything is loaded. Raises OptionError."""
-    seed, video, repo = options.seed, options.video, options.upload
+    """All that can be said before anything is loaded."""
+    minutes, seed, video, repo = options.max_minutes, options.seed, options.video, options.upload
     require(options.episodes >= 1, "--episodes", options.episodes, "must be 1 or more", "--episodes 10")
+    require(0 < minutes < np.inf, "--max-minutes", minutes, "must be above 0", "--max-minutes 10")
     require(seed is None or 0 <= seed < 2**32, "--seed", seed, "must be 0 to 4294967295", "--seed 1")
+    one, rule = video is None and repo is None, "plays many models, of which none is filmed or uploaded"
+    require(one or not options.every_checkpoint, "--every-checkpoint", True, rule, "without --video and --upload")
     if video is not None:
         require(video.suffix == ".mp4", "--video", video, "must end in .mp4", f"--video {video.with_suffix('.mp4')}")
         installed = find_spec("imageio") and find_spec("imageio_ffmpeg")
-        pip = "pip install imageio imageio-ffmpeg"
-        require(installed, "--video", video, "needs the packages imageio and imageio-ffmpeg", pip)
+        require(installed, "--video", video, "needs two packages", "pip install imageio imageio-ffmpeg")
     if repo is not None:
-        pip = "pip install huggingface_hub"
-        require(find_spec("huggingface_hub"), "--upload", repo, "needs the package huggingface_hub", pip)
-        from huggingface_hub.utils import HFValidationError, validate_repo_id
+        require(find_spec("huggingface_hub"), "--upload", repo, "needs a package", "pip install huggingface_hub")
+        require(re.fullmatch(r"[\w.-]+/[\w.-]+", repo), "--upload", repo, "must be USER/NAME", "--upload me/pong")
 
+
+# a trained agent. source: where it was found; directory: that of the file or the run; trained_by: the script's name;
+# args, network: the script's Args of the run, its ActorCritic; steps: of the environments, until a checkpoint's update
+Model = namedtuple("Model", "source directory trained_by args network params update steps", defaults=(0, 0))
+
+
+def checkpoints(script: ModuleType, run: Path, paths: Iterable[Path]) -> Iterator[Model]:
+    """The agents in checkpoints of a run, those passed over that cannot be read or are gone."""
+    record = json.loads((run / "run.json").read_text())
+    args = {name: tuple(value) if isinstance(value, list) else value for name, value in record["args"].items()}
+    args, trained_by = script.Args(**args), record["around"]["script"]
+    for path in paths:
         try:
-            validate_repo_id(repo)
-        except HFValidationError as error:
-            require(False, "--upload", repo, str(error).rstrip("."), "--upload USER/NAME")
+            content = script.unpack(path.read_bytes())
+        except (OSError, ValueError) as error:
+            print(f"{path} is passed over: {error}", flush=True)
+            continue
+        update, params = content["update"], content["state"]["0"]["params"]
+        source, steps = f"{run}, checkpoint of update {update}", args.local_num_envs * args.num_steps * record["actors"]
+        yield Model(source, run, trained_by, args, script.make_network(args), params, update, update * steps)
 
 
-def load_script(path: Path) -> ModuleType:
-    """The script as a module of its own. Raises OptionError if there is none, or none of the project's kind."""
-    require(path.is_file(), "script", path, "there is no such file", "cleanba_ppo_envpool.py")
-    spec = spec_from_file_location(f"evaluated_{path.stem}", path)
-    require(spec is not None, "script", path, "must be a Python file", "cleanba_ppo_envpool.py")
-    module = sys.modules[spec.name] = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    rule = "has no load_model and play_games"
-    require(hasattr(module, "load_model") and hasattr(module, "play_games"), "script", path, rule, "cleanba_*.py")
-    return module
-
-
-class Model(NamedTuple):
-    """A trained agent."""
-
-    source: str  # where it was found
-    directory: Path  # that of the file or the run
-    trained_by: str  # name of the script, without .py
-    args: Any  # the script's Args of the run
-    network: Any  # its ActorCritic
-    params: Any
-
-
-def find_model(script: ModuleType, path: Path) -> Model:
-    """The model in the file, or of the run, at `path`. Raises OptionError if there is none or the script's is another.
+def find_models(script: ModuleType, path: Path, every: bool) -> list[Model]:
+    """The model in the file, or of the run, at `path`, or all checkpoints of the run; stops if the script's is another.
 
     A run that has not written model.msgpack, because it goes on or was killed, plays from its newest whole checkpoint.
     """
-    if not path.exists() and len(path.parts) == 1:
-        path = Path("runs") / path
-    file = path / "model.msgpack" if path.is_dir() else path
-    rule = "there is no such file or run, or nothing in it yet; a run writes a model with --save-model"
-    found = file.is_file() or script.find_checkpoints(path)
-    require(found, "model", path, rule, "runs/NAME/model.msgpack")
-    name = Path(script.__file__).name
+    path, name = find_run(path), Path(script.__file__).name
+    file, found = path / "model.msgpack" if path.is_dir() else path, script.find_checkpoints(path)
+    rule = f"no such run, or {'' if every else 'no model and '}no checkpoint in it"
+    require(found or (file.is_file() and not every), "MODEL_OR_RUN", path, rule, "runs/NAME of a run that has ended")
     try:
-        if file.is_file():
+        if file.is_file() and not every:
             trained_by = script.unpack(file.read_bytes())["script"]
-            model = Model(str(file), file.parent, trained_by, *script.load_model(file))
+            models = [Model(str(file), file.parent, trained_by, *script.load_model(file))]
         else:
-            model = checkpoint_model(script, path)
-        obs = np.zeros((1, *script.env_spec(model.args)[0]), np.uint8)
+            models = list(islice(checkpoints(script, path, found[::-1]), None if every else 1))[::-1]
+            require(models, "MODEL_OR_RUN", path, "none of its checkpoints can be read", "another run")
+        model = models[-1]
+        obs = np.zeros((1, *script.env_spec(model.args)[0]))
         wanted = jax.eval_shape(model.network.init, jax.random.key(0), obs)
     except Exception as error:  # whatever a foreign or broken file makes the libraries raise
-        reason = f"is no model of {name} ({' '.join(str(error).split())[:200]})"
-        require(False, "model", path, reason, "the script that trained it")
+        rule = f"is no model of {name} ({' '.join(str(error).split())[:200]})"
+        stop("MODEL_OR_RUN", path, rule, "the script that trained it")
     shape = lambda tree: jax.tree.map(np.shape, tree)
-    require(shape(model.params) == shape(wanted), "model", path, f"has not the network of {name}", "its own script")
-    by = model.trained_by  # siblings differ where no shape does; a file that a user named is theirs to judge
-    other = by != Path(script.__file__).stem and Path(script.__file__).with_name(f"{by}.py").is_file()
-    require(not other, "model", path, f"was trained by {by}.py, not by {name}", f"{by}.py")
-    return model
-
-
-def checkpoint_model(script: ModuleType, run: Path) -> Model:
-    """The newest whole checkpoint of a run."""
-    record = json.loads((run / "run.json").read_text())
-    flags = record["args"]
-    args = script.Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()})
-    data = script.load_checkpoint(run)
-    if not data:
-        raise ValueError("no checkpoint can be read")
-    content = script.unpack(data)
-    source, params = f"{run}, checkpoint of update {content['update']}", content["state"]["0"]["params"]
-    return Model(source, run, record["around"]["script"], args, script.make_network(args), params)
+    same = all(shape(model.params) == shape(wanted) for model in models)
+    require(same, "MODEL_OR_RUN", path, f"has not the network of {name}", "its own script")
+    by = Path(script.__file__).with_name(f"{model.trained_by}.py")
+    fits = by.name == name or not by.is_file()  # siblings differ where no shape does; of another file a user may judge
+    require(fits, "MODEL_OR_RUN", path, f"was trained by {by.name}, not by {name}", by.name)
+    return models
 
 
 class Greedy(NamedTuple):
@@ -141,52 +127,60 @@ class Greedy(NamedTuple):
 
     network: Any
 
-    def apply(self, params, obs):
-        logits, value = self.network.apply(params, obs)
-        return 1e9 * jax.nn.one_hot(logits.argmax(1), logits.shape[1]), value  # sampling adds noise far below that
+    def apply(self, params, *inputs):
+        logits, *rest = self.network.apply(params, *inputs)
+        return 1e9 * jax.nn.one_hot(logits.argmax(1), logits.shape[1]), *rest  # sampling adds noise far below that
 
 
 @contextmanager
-def filmed(script: ModuleType, path: Path):
-    """While this lasts, the script's environments film the first game of environment 0 to `path`.
+def watched(script: ModuleType, options: Options) -> Iterator[set[int]]:
+    """While this lasts, the first games of the script's environments are shown, filmed (that of environment 0), cut.
 
-    Frames go straight to the encoder: a long game has 27,000 of them. The scripts know nothing of this.
+    Yields the environments whose first game was cut. The scripts know nothing of this.
     """
-    os.environ.setdefault("IMAGEIO_FFMPEG_NO_PREVENT_SIGINT", "1")  # its usual fork may hang beside JAX's threads
-    import imageio.v2 as imageio
+    limit, live = round(options.max_minutes * STEPS_A_MINUTE) or 1, sys.stdout.isatty()
+    steps, over, cut = count(), set(), set()  # environments whose first game is over, was cut
+    film, rendered, env_options = nullcontext(), {}, script.env_options
+    if options.video:
+        os.environ.setdefault("IMAGEIO_FFMPEG_NO_PREVENT_SIGINT", "1")  # its usual fork may hang beside JAX's threads
+        import imageio.v2 as imageio
 
-    env_options, envs = script.env_options, script.Envs
-    path.parent.mkdir(parents=True, exist_ok=True)
+        options.video.parent.mkdir(parents=True, exist_ok=True)
+        film = imageio.get_writer(options.video, fps=15, macro_block_size=2)  # every fourth frame, and no resizing
+        rendered = {"render_mode": "rgb_array"}
 
-    class Filmed(envs):
+    class Watched(script.Envs):
         def __init__(self, pool):
             super().__init__(pool)
             self.shoot()
 
         def step(self, action):
-            result = super().step(action)
-            if not self.cut:
+            result, step = super().step(action), next(steps)
+            ended = dict(zip(np.flatnonzero(self.over).tolist(), self.games, strict=True))
+            for i in np.flatnonzero(self.length >= limit).tolist():
+                ended[i] = float(self.score[i]), int(self.length[i])
+                cut.update({i} - over)
+            self.games, self.over = [ended[i] for i in sorted(ended)], np.isin(np.arange(len(self.obs)), list(ended))
+            if 0 not in over:
                 self.shoot()
+            over.update(ended)
+            if live and step % 15 == 0:
+                most = f"{step / STEPS_A_MINUTE:.1f} of at most {options.max_minutes:g} minutes"
+                print(f"\x1b[K{len(over)} of {len(self.obs)} games over, {most}", end="\r", flush=True)
             return result
 
         def shoot(self):
-            frame = self.pool.render(env_ids=[0])[0]  # u8[210 or 250, 160, 3]
-            video.append_data(frame.repeat(2, 0).repeat(2, 1))  # the codec halves the resolution of colours
-            self.cut = self.over[0]
+            if video:
+                frame = self.pool.render(env_ids=[0])[0]  # u8[210 or 250, 160, 3]
+                video.append_data(frame.repeat(2, 0).repeat(2, 1))  # the codec halves the resolution of colours
 
-    # the console draws 60 frames a second and EnvPool shows every fourth; both sides are even, so nothing is resized
     with (
-        imageio.get_writer(path, fps=15, macro_block_size=2) as video,
-        patch.object(script, "Envs", Filmed),
-        patch.object(script, "env_options", lambda args: env_options(args) | {"render_mode": "rgb_array"}),
+        film as video,  # straight to the encoder: a long game has thousands of frames
+        patch.object(script, "Envs", Watched),
+        patch.object(script, "env_options", lambda args: env_options(args) | rendered),
     ):
-        yield
-
-
-def summarise(options: Options, scores: list[float]) -> str:
-    how = "most probable actions" if options.greedy else "sampled actions"
-    spread = f"mean {np.mean(scores):.2f}, standard deviation {np.std(scores):.2f}"
-    return f"{spread}, {len(scores)} games with {how}: {' '.join(f'{score:g}' for score in scores)}"
+        yield cut
+    print("\x1b[K" * live, end="", flush=True)
 
 
 CARD = """---
@@ -197,8 +191,6 @@ CARD = """---
 
 {result}
 
-`params sha256: {sha256}`
-
 To play these games again, in a checkout of Cleanba:
 
 ```bash
@@ -206,17 +198,18 @@ hf download {repo} --local-dir agent
 {replay}
 ```
 
-The scores are whole games in the game's own points, one for each environment, played with {versions}.
-`{script}.py` is the script that trained the agent; `model.msgpack` holds the parameters and the flags of the run.
+The scores are in the game's own points, one game for each environment, played with {versions}.
+`{script}.py` trained the agent; `model.msgpack` holds its flags and parameters (`params sha256: {sha256}`).
 """
 
 
-def write_upload(script: ModuleType, model: Model, options: Options, scores: list[float], folder: Path) -> list[Path]:
-    """Write all that is to be uploaded to `folder`; returns the files."""
-    from huggingface_hub import EvalResult, ModelCardData
+def upload(script: ModuleType, model: Model, options: Options, scores: list[float], result: str) -> None:
+    """Write all that is to be uploaded to the folder `upload` beside the model, and push it in one commit."""
+    from huggingface_hub import EvalResult, HfApi, ModelCardData
 
-    name, sha256 = Path(script.__file__).name, script.params_sha256(model.params)
-    summary = model.directory / "summary.json"
+    folder, name, sha256 = model.directory / "upload", Path(script.__file__).name, script.params_sha256(model.params)
+    summary = folder.with_name("summary.json")
+    folder.mkdir(exist_ok=True)
     finished = summary.is_file() and json.loads(summary.read_text()).get("params_sha256") == sha256
     sources = {
         name: script.__file__,
@@ -227,81 +220,73 @@ def write_upload(script: ModuleType, model: Model, options: Options, scores: lis
         if source is None:
             (folder / to).unlink(missing_ok=True)  # of an earlier upload
         else:
-            with suppress(shutil.SameFileError):
-                shutil.copy(source, folder / to)
+            (folder / to).write_bytes(Path(source).read_bytes())
     script.save_model(folder / "model.msgpack", model.args, model.params)
-    game, result = model.args.env_id, summarise(options, scores)
-    task = dict(task_type="reinforcement-learning", task_name="reinforcement-learning")
-    metric = dict(metric_type="mean_reward", metric_value=f"{np.mean(scores):.2f} +/- {np.std(scores):.2f}")
+    game, metric = model.args.env_id, f"{np.mean(scores):.2f} +/- {np.std(scores):.2f}"
+    task = dict(task_type="reinforcement-learning", task_name="reinforcement-learning", metric_type="mean_reward")
     metadata = ModelCardData(
         library_name="cleanba",
         pipeline_tag="reinforcement-learning",
         tags=["reinforcement-learning", "deep-reinforcement-learning", "atari", "jax", "envpool", game],
         model_name=Path(name).stem,
-        eval_results=[EvalResult(dataset_name=game, dataset_type=game, **task, **metric)],
+        eval_results=[EvalResult(dataset_name=game, dataset_type=game, metric_value=metric, **task)],
         script=name,
         params_sha256=sha256,
     )
     replay = f"uv run benchmark/evaluate.py agent/{name} agent/model.msgpack --episodes {options.episodes}"
-    replay += " --greedy" * options.greedy + (f" --seed {options.seed}" if options.seed is not None else "")
+    replay += f" --max-minutes {options.max_minutes}" + " --greedy" * options.greedy
+    replay += "" if options.seed is None else f" --seed {options.seed}"
     fields = dict(metadata=metadata.to_yaml(), script=Path(name).stem, game=game, result=result, sha256=sha256)
-    versions = ", ".join(f"{package} {version}" for package, version in script.VERSIONS.items())
-    card = CARD.format(**fields, repo=options.upload, replay=replay, versions=versions)
-    (folder / "README.md").write_text(card)
+    fields |= dict(repo=options.upload, replay=replay, versions=", ".join(map(" ".join, script.VERSIONS.items())))
+    (folder / "README.md").write_text(CARD.format(**fields))
     own = ["README.md", "model.msgpack", *(to for to, source in sources.items() if source is not None)]
-    return [folder / file for file in own]
-
-
-def upload(repo: str, files: list[Path]) -> str:
-    """Make the repository if need be and push the files in one commit; returns its address."""
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    url = HfApi().create_repo(repo, exist_ok=True)
-    operations = [CommitOperationAdd(path.name, path) for path in files]
-    HfApi().create_commit(url.repo_id, operations, commit_message="Upload agent, scores and card")
-    return url
+    try:
+        url, message = HfApi().create_repo(options.upload, exist_ok=True), "Upload agent, scores and card"
+        HfApi().upload_folder(repo_id=url.repo_id, folder_path=folder, allow_patterns=own, commit_message=message)
+    except Exception as error:  # no network, no token, no right to write: the same remedy
+        retry, reason = shlex.join(["hf", "upload", options.upload, str(folder), "."]), " ".join(str(error).split())
+        sys.exit(f"not uploaded: {reason}\nNothing is lost. After `hf auth login`, try again with\n    {retry}")
+    print(f"uploaded: {url}")
 
 
 def evaluate(options: Options) -> list[float]:
-    """Play, print and, where asked, film and upload; returns the score of every game.
+    """Play, print and, where asked, write, film and upload; returns the scores of the last model.
 
-    Raises OptionError before any game is played, and SystemExit after all else is done if the upload fails.
+    Stops before any game is played if an option cannot work, and after all else is done if the upload fails.
     """
     check_options(options)
     script = load_script(options.script)
-    model = find_model(script, options.model)
-    args = model.args if options.seed is None else replace(model.args, seed=options.seed)
-    sha256 = script.params_sha256(model.params)
-    print(f"model: {model.source}, {args.env_id}, params sha256: {sha256}", flush=True)
-    folder = model.directory / "upload"
-    if options.upload is not None:
-        folder.mkdir(exist_ok=True)  # fails here, and not after the games
-    network = Greedy(model.network) if options.greedy else model.network
-    with filmed(script, options.video) if options.video else nullcontext():
-        scores = script.play_games(args, network, model.params, options.episodes)
-    print(summarise(options, scores))
+    script.make_policy = cache(script.make_policy)  # compiled once for all checkpoints
+    models, minutes = find_models(script, options.model, options.every_checkpoint), f"{options.max_minutes:g}"
+    how = f"{options.episodes} games with {'most probable' if options.greedy else 'sampled'} actions"
+    print(f"playing {how}, each for at most {minutes} minutes of the console's time")
+    table = models[0].directory / "evaluation.csv" if options.every_checkpoint else Path(os.devnull)
+    rows = table.open("w", buffering=1)  # a line is there as soon as it is known
+    print("update,steps,games,cut,mean,std,scores", file=rows)
+    for model in models:
+        args = model.args if options.seed is None else replace(model.args, seed=options.seed)
+        sha256 = script.params_sha256(model.params)
+        print(f"model: {model.source}, {args.env_id}, params sha256: {sha256}", flush=True)
+        network = Greedy(model.network) if options.greedy else model.network
+        with watched(script, options) as cut:
+            scores = script.play_games(args, network, model.params, options.episodes)
+        mean, std, shown = np.mean(scores), np.std(scores), " ".join(f"{score:g}" for score in scores)
+        result = f"mean {mean:.2f}, standard deviation {std:.2f}, {how}: {shown}"
+        result += f" ({len(cut)} cut after {minutes} minutes, with the score so far)" * bool(cut)
+        print(result, flush=True)
+        print(model.update, model.steps, len(scores), len(cut), mean, std, shown, sep=",", file=rows)
+    if options.every_checkpoint:
+        print(f"scores: {table}; uv run benchmark/plot.py {models[0].directory} draws them")
     if options.video is not None:
         print(f"video: {options.video}, the first of these games, score {scores[0]:g}")
     if options.upload is not None:
-        files = write_upload(script, model, options, scores, folder)
-        try:
-            print(f"uploaded: {upload(options.upload, files)}")
-        except Exception as error:  # no network, no token, no right to write: the same remedy
-            retry = shlex.join(["hf", "upload", options.upload, str(folder), "."])
-            reason = " ".join(str(error).split())
-            sys.exit(f"not uploaded: {reason}\nNothing is lost. After `hf auth login`, try again with\n    {retry}")
+        upload(script, models[0], options, scores, result)
     return scores
 
 
 def main() -> None:
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_gpu_deterministic_ops" not in flags:  # as the scripts do; read by the first JAX call
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
-    try:
-        evaluate(tyro.cli(Options, description=__doc__))
-    except OptionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    os.environ["XLA_FLAGS"] = f"--xla_gpu_deterministic_ops=true {os.environ.get('XLA_FLAGS', '')}"  # as in the scripts
+    evaluate(tyro.cli(Options, description=__doc__))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import tyro
-from evaluate import OptionError, load_script
-from plot import Run, find_runs, last_score, markdown, read_run, stop
+from common import load_script, markdown, require
+from plot import find_runs, last_score, read_run
 
 FACTOR, LAST = 3, 50
 
@@ -32,52 +32,38 @@ class Options:
 def random_scores(script: ModuleType, args: Any, games: int) -> list[float]:
     """Scores of the first `games` games that end while every action is equally probable, as a run counts its own."""
     envs = script.Envs(script.make_env(args, script.env_seeds(args.seed, 0, 0, 16), script.num_cores()))
-    generator, actions, scores = np.random.default_rng(args.seed), script.env_spec(args)[1], []
-    while len(scores) < games:
+    generator, actions = np.random.default_rng(args.seed), script.env_spec(args)[1]
+    while len(envs.games) < games:
         envs.step(generator.integers(actions, size=16, dtype=np.int32))
-        scores += [score for score, _ in envs.pop_games()]
-    return scores[:games]
-
-
-def quarters(run: Run) -> list[float]:
-    """Mean scores of the games that ended in each quarter of the run's steps; NaN where there are none."""
-    number = np.ceil(4 * run.x["steps"] / run.end["steps"])
-    own = [number == i for i in range(1, 5)]
-    return [float(np.average(run.value[o], weights=run.games[o])) if o.any() else np.nan for o in own]
+    return [score for score, _ in envs.games[:games]]
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    try:
-        script = load_script(options.script)
-    except OptionError as error:
-        stop(f"SCRIPT: {error}")
-    if not options.runs:
-        stop("RUNS (empty): name directories of runs. For example: runs")
-    rows, failed, randoms = [], 0, {}
+    script, rows, randoms = load_script(options.script), [], {}
+    require(options.runs, "RUNS", "(empty)", "name directories of runs", "runs")
     for path in find_runs(options.runs):
         run = read_run(path)
-        if run is None:
-            stop(f"RUNS {path}: has not logged anything yet. For example: a finished run")
-        flags, trained_by = run.record["args"], run.record["around"]["script"]
-        if trained_by != options.script.stem:
-            stop(f"SCRIPT {options.script}: the run {path} is one of {trained_by}.py. For example: {trained_by}.py")
-        game = flags["env_id"], flags["img_size"]
-        if game not in randoms:
-            args = script.Args(env_id=game[0], img_size=game[1])
-            randoms[game] = float(np.mean(random_scores(script, args, options.games)))
-            if randoms[game] <= 0:
-                stop(f"RUNS {path}: chance scores {randoms[game]:g} in {game[0]}, of which no multiple says anything")
-        scores, last = quarters(run), last_score(run.value, run.games, LAST)
-        ratio = last / randoms[game]
-        learned = run.finished and run.games.sum() >= LAST and ratio >= FACTOR and scores[3] > scores[2]
-        failed += not learned
-        cells = [f"{number:.1f}" for number in (60 * run.end["hours"], randoms[game], *scores, last)]
-        rows.append([path.name, f"{run.end['steps']}", *cells, f"{ratio:.1f} x", "yes" if learned else "no"])
-    parts = ["first quarter", "second", "third", "fourth"]
-    header = ["run", "steps", "minutes", "random", *parts, f"last {LAST} games", "last / random", "learned"]
-    print(markdown(header, rows))
-    if failed:
+        require(run, "RUNS", path, "has not logged anything yet", "a finished run")
+        flags, trained_by, log = run["record"]["args"], f"{run['record']['around']['script']}.py", run["log"]
+        rule = f"the run {path} is one of {trained_by}"
+        require(trained_by == options.script.name, "SCRIPT", options.script, rule, trained_by)
+        game = {name: flags[name] for name in ("env_id", "img_size") if name in flags}
+        chance = randoms.get(key := tuple(game.values())) or np.mean(
+            random_scores(script, script.Args(**game), options.games)
+        )
+        rule, randoms[key] = f"chance scores {chance:g} in {key[0]}, of which no multiple says anything", chance
+        require(chance > 0, "RUNS", path, rule, "runs of another game")
+        quarter, last = np.ceil(4 * log["steps"] / run["steps"]), last_score(log, LAST)
+        scores = {f"quarter {i}": last_score(log[quarter == i], sys.maxsize) for i in range(1, 5)}
+        enough = run["finished"] and log["games"].sum() >= LAST and last >= FACTOR * chance
+        learned = "yes" if enough and scores["quarter 4"] > scores["quarter 3"] else "no"
+        figures = {"minutes": 60 * run["hours"], "random": chance, **scores, f"last {LAST} games": last}
+        cells = {name: f"{x:.1f}" for name, x in figures.items()}
+        row = {"run": path.name, "steps": run["steps"], **cells, "last / random": f"{last / chance:.1f} x"}
+        rows.append(row | {"learned": learned})
+    print(markdown(rows[0], [row.values() for row in rows]))
+    if failed := sum(row["learned"] == "no" for row in rows):
         sys.exit(f"{failed} of {len(rows)} runs have not learned: {FACTOR} times the random score, and still rising.")
 
 

@@ -6,56 +6,44 @@
 
 An experiment is an --exp-name; its runs of one game, with different seeds, are averaged. Written are
 
-    steps.png, steps.csv    return against environment steps, one panel a game
-    hours.png, hours.csv    return against hours of training, without the pause between a kill and the resume
-    scores.png, scores.csv  median, IQM, mean and optimality gap of the human-normalised scores
-    profiles.csv            their performance profile, which scores.png has too
-    runs.csv                one line a run
-    table.md                what is printed too: those figures, the scores of every game, and what to know about them
+    steps.png, hours.png and .csv      return against environment steps and hours of training, one panel a game
+    scores.png, .csv and profiles.csv  human-normalised: median, IQM, mean, optimality gap and performance profile
+    runs.csv                           one line a run
+    table.md                           what is printed too: those figures and the scores of every game
 
 A run's score is the mean of its last 100 games. Bands and brackets are 95 % bootstrap intervals over seeds, stratified
 by game for the human-normalised figures (rliable, Agarwal et al. 2021); with two or three seeds the band of a game is
-their range. Every game has the same weight, however many seeds it has.
+their range. Every game has the same weight. What evaluate.py --every-checkpoint has played is a curve of its own.
 
-The published results are in atari57_reference.csv beside this file: means and standard deviations over seeds and
-minutes of a run, after 200 million frames (Cleanba, Huang et al. 2023, arXiv 2310.00036), with the usual random and
-human scores. A human-normalised score is (score - random) / (human - random).
+The published results, atari57_reference.csv, are means and standard deviations over seeds after 200 million frames
+(Cleanba, Huang et al. 2023). A human-normalised score is (score - random) / (human - random).
 """
 
 import json
 import logging
-import math
-import sys
 import warnings
-from collections import Counter, defaultdict
 from dataclasses import dataclass
-from difflib import get_close_matches
 from glob import glob
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tyro
+from common import markdown, require
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rliable import library, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-RETURN, SPS, GAMES = "charts/avg_episodic_return", "charts/SPS", "stats/episodes"
-PUBLISHED = "published "  # before the name of a reference column
-METRICS = {
-    "median": metrics.aggregate_median,
-    "IQM": metrics.aggregate_iqm,
-    "mean": metrics.aggregate_mean,
-    "optimality gap": metrics.aggregate_optimality_gap,
-}
+SPS, SCALARS = "charts/SPS", {"charts/avg_episodic_return": "score", "stats/episodes": "games"}
+PUBLISHED, EVALUATED = "published ", ", checkpoints played"  # before a reference column, after an experiment
+METRICS = {"median": metrics.aggregate_median, "IQM": metrics.aggregate_iqm, "mean": metrics.aggregate_mean}
+METRICS |= {"optimality gap": metrics.aggregate_optimality_gap}
 LOOK = {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
-LOOK |= {"figure.constrained_layout.use": True, "legend.frameon": False, "savefig.dpi": 120}
-COLORS = matplotlib.color_sequences["petroff10"]  # told apart with any colour vision
+LOOK |= {"figure.constrained_layout.use": True, "legend.frameon": False, "savefig.dpi": 120, "backend": "agg"}
+unfinished = lambda runs: "" if runs["finished"].all() else f", {sum(~runs['finished'])} unfinished"
+COLORS = plt.color_sequences["petroff10"]  # told apart with any colour vision
 
 
 @dataclass(frozen=True)
@@ -63,473 +51,305 @@ class Options:
     runs: tyro.conf.Positional[tuple[str, ...]] = ()  # directories of runs, or above them, or globs
     out: Path = Path("plots")  # directory of the files that are written
     reference: tuple[str, ...] = ("auto",)  # published columns; auto: the algorithm's with one GPU; all; none
-    finished_only: bool = False  # leave out runs that did not finish
     points: int = 100  # points of a curve
     reps: int = 2000  # samples of a bootstrap
 
 
-def stop(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 # === Reading ==========================================================================================================
+def last_score(log: pd.DataFrame, wanted: int = 100) -> float:
+    """Mean score of the last logs that together hold `wanted` games, or of all logs; NaN if there is none."""
+    last = log[-1 - np.searchsorted(np.cumsum(log["games"][::-1]), wanted) :]
+    return float(np.average(last["score"], weights=last["games"])) if len(last) else np.nan
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run. N: its logs with a finished game.
+def read_run(path: Path) -> dict | None:
+    """The run in a directory, or None if it has not logged anything yet. What it has made: steps, hours, done (of 1).
 
-    Attributes:
-        record: what run.json has, the flags under "args".
-        done: the share of its steps that it has made.
-        score: the game's own, mean of the last 100 games; NaN if no game has finished.
-        x: {"steps": i[N], "hours": f[N]}, where the logs are.
-        end: the same of the last log of all.
-        value: f[N], mean return of the games that finished since the log before.
-        games: f[N], how many they were.
+    log: steps, hours, score, games: where games have ended since the log before, how many and their mean score.
+    evaluation: the same of the checkpoints that evaluate.py has played. score: the mean of the last 100 games, or NaN.
     """
-
-    path: Path
-    record: dict[str, Any]
-    experiment: str
-    env_id: str
-    seed: int
-    published: str
-    finished: bool
-    done: float
-    score: float
-    x: dict[str, np.ndarray]
-    end: dict[str, float]
-    value: np.ndarray
-    games: np.ndarray
-
-
-def last_score(value: np.ndarray, games: np.ndarray, wanted: int = 100) -> float:
-    """Mean return of the last logs f[N] that together hold `wanted` games, or of all logs; NaN if there is none."""
-    logs = np.searchsorted(np.cumsum(games[::-1]), wanted) + 1
-    return float(np.average(value[-logs:], weights=games[-logs:])) if len(value) else math.nan
-
-
-def read_run(path: Path) -> Run | None:
-    """The run in a directory, or None if it has not logged anything yet."""
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports every log that a resumed run wrote again
     events = EventAccumulator(str(path), {"scalars": 0}).Reload()  # and forgets the first copy
-    if not (path / "run.json").exists() or SPS not in events.Tags()["scalars"]:
+    tags, texts = events.Tags()["scalars"], {file.name: file.read_text() for file in path.glob("*.json")}
+    if "run.json" not in texts or SPS not in tags:
         return None
-    record = json.loads((path / "run.json").read_text())
-    flags = record["args"]
-
-    def scalars(tag: str) -> tuple[np.ndarray, np.ndarray]:
-        found = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
-        return np.array([event.step for event in found]), np.array([event.value for event in found])
-
-    (logged, sps), (step, value), counts = scalars(SPS), scalars(RETURN), dict(zip(*scalars(GAMES), strict=True))
-    games = np.array([counts.get(s, 1.0) for s in step])
-    hours = logged / sps / 3600
-    summary = json.loads((path / "summary.json").read_text()) if (path / "summary.json").exists() else {}
-    finished, score = summary.get("status") == "finished", last_score(value, games)
-    if finished and summary["mean_score"] is not None:  # of an unfinished run it may be older than the logs
-        score = summary["mean_score"]
-    return Run(
-        path=path,
-        record=record,
-        experiment=flags["exp_name"],
-        env_id=flags["env_id"],
-        seed=flags["seed"],
-        published="cleanba_ppo_sync_1gpu" if "clip_coef" in flags else "cleanba_impala_1gpu",
-        finished=finished,
-        done=1.0 if finished else logged[-1] / flags["total_timesteps"],
-        score=score,
-        x={"steps": step, "hours": np.interp(step, logged, hours)},
-        end={"steps": logged[-1], "hours": hours[-1]},
-        value=value,
-        games=games,
-    )
+    read = lambda tag: pd.Series({x.step: x.value for x in events.Scalars(tag)} if tag in tags else {}, dtype=float)
+    every = pd.DataFrame({"sps": read(SPS)} | {name: read(tag) for tag, name in SCALARS.items()}).rename_axis("steps")
+    every = every.reset_index().assign(hours=lambda frame: frame["steps"] / frame["sps"] / 3600)
+    log, (steps, hours) = every.dropna(subset="score").fillna({"games": 1}), every[["steps", "hours"]].iloc[-1]
+    record, summary = json.loads(texts["run.json"]), json.loads(texts.get("summary.json", "{}"))
+    flags, finished, evaluation = record["args"], summary.get("status") == "finished", log[:0]
+    # the score of an unfinished run's summary may be older than the logs
+    score = summary["mean_score"] if finished and summary["mean_score"] is not None else last_score(log)
+    if (path / "evaluation.csv").exists():
+        played = pd.read_csv(path / "evaluation.csv").rename(columns={"mean": "score"})
+        evaluation = played.assign(hours=np.interp(played["steps"], [0, *every["steps"]], [0, *every["hours"]]))
+    run = dict(experiment=flags["exp_name"], env_id=flags["env_id"], seed=flags["seed"], finished=finished)
+    run |= dict(done=1.0 if finished else steps / flags["total_timesteps"], score=score, path=path, steps=int(steps))
+    return run | dict(hours=hours, record=record, log=log, evaluation=evaluation)
 
 
 def find_runs(patterns: tuple[str, ...]) -> list[Path]:
     """Directories that hold event files, at or below what the patterns name."""
-    found = set()
-    for pattern in patterns:
-        roots = [Path(name) for name in glob(pattern)]
-        below = {events.parent for root in roots for events in root.rglob("events.out.tfevents.*")}
-        if not below:
-            stop(f"RUNS {pattern}: there is no TensorBoard log there or below. For example: runs")
-        found |= below
-    return sorted(found)
+    logs = lambda pattern: (log for root in glob(pattern) for log in Path(root).rglob("events.out.tfevents.*"))
+    found = {pattern: {log.parent for log in logs(pattern)} for pattern in patterns}
+    for pattern, paths in found.items():
+        require(paths, "RUNS", pattern, "there is no TensorBoard log there or below", "runs")
+    return sorted(set().union(*found.values()))
 
 
-def read_runs(options: Options) -> tuple[list[Run], list[str]]:
+def read_runs(options: Options) -> tuple[pd.DataFrame, list[str]]:
     """The runs to show, one for each experiment, game and seed, and what to say about the others."""
-    best, notes = {}, []
-    for path in tqdm(find_runs(options.runs), unit=" runs", disable=None, leave=False):
-        run = read_run(path)
-        if run is None:
-            notes.append(f"{path}: left out, there is no log of these scripts in it yet.")
-        elif options.finished_only and not run.finished:
-            notes.append(f"{path}: left out, not finished.")
-        else:
-            key = run.experiment, run.env_id, run.seed
-            first, second = sorted([best.get(key, run), run], key=lambda r: (-r.finished, -r.end["steps"]))
-            best[key] = first
-            if second is not first:  # the same seed again is no new sample
-                notes.append(f"{second.path}: left out, {first.path} has the same experiment, game and seed.")
-    if not best:
-        stop(f"RUNS {' '.join(options.runs)}: no run there has logged what can be shown. For example: runs")
-    return [best[key] for key in sorted(best)], notes
+    read = {path: read_run(path) for path in tqdm(find_runs(options.runs), unit=" runs", disable=None, leave=False)}
+    notes = [f"{path} left out, no log of these scripts in it yet" for path, run in read.items() if run is None]
+    runs = pd.DataFrame(filter(None, read.values()))
+    require(len(runs), "RUNS", " ".join(options.runs), "no run there has logged what can be shown", "runs")
+    runs, key = runs.sort_values(["finished", "steps"], ascending=False), ["experiment", "env_id", "seed"]
+    again = runs.duplicated(key)  # the same seed again is no new sample
+    notes += [f"{path} left out, another run has its experiment, game and seed" for path in runs["path"][again]]
+    return runs[~again].sort_values(key), notes
 
 
 # === Figures ==========================================================================================================
-
-
-def on_grid(run: Run, axis: str, grid: np.ndarray) -> np.ndarray:
-    """The run's return f[P] at the points of `grid` f[P]; NaN before its first finished game and after its end.
+def on_grid(log: pd.DataFrame, axis: str, end: float, grid: np.ndarray) -> np.ndarray:
+    """The return of a log at the points of `grid` f[P]: f[P]; NaN before its first finished game and after its end.
 
     Logs between two points of the grid become one, in which all games count alike; between them lines are straight.
     """
-    if not len(run.value):
+    if log.empty:
         return np.full(len(grid), np.nan)
-    interval = np.searchsorted(grid, run.x[axis])
-    total = np.bincount(interval, run.games)
-    x, y = (np.bincount(interval, run.games * z)[total > 0] / total[total > 0] for z in (run.x[axis], run.value))
-    return np.where(grid <= run.end[axis], np.interp(grid, x, y, left=np.nan), np.nan)
+    interval = np.searchsorted(grid, log[axis])
+    total = np.bincount(interval, log["games"])
+    merged = lambda x: np.bincount(interval, log["games"] * log[x])[total > 0] / total[total > 0]
+    return np.where(grid <= end, np.interp(grid, merged(axis), merged("score"), left=np.nan), np.nan)
 
 
-def curve(runs: list[Run], axis: str, points: int, reps: int) -> pd.DataFrame:
+def curve(runs: pd.DataFrame, axis: str, points: int, reps: int) -> pd.DataFrame:
     """Return of runs of one game: columns `axis`, mean, low, high, seeds. No low and high where fewer than two are."""
-    grid = np.linspace(0, max(run.end[axis] for run in runs), points + 1)[1:]
-    curves = np.stack([on_grid(run, axis, grid) for run in runs])
+    grid = np.linspace(0, runs[axis].max(), points + 1)[1:]
+    curves = np.stack([on_grid(run["log"], axis, run[axis], grid) for _, run in runs.iterrows()])
     seeds = np.isfinite(curves).sum(0)
     picks = np.random.default_rng(0).integers(len(runs), size=(reps, len(runs)))  # whole curves are drawn
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # means of nothing but NaN
-        mean = np.nanmean(curves, 0)
-        band = np.nanpercentile(np.nanmean(curves[picks], 1), [2.5, 97.5], 0)
-    low, high = np.where(seeds > 1, band, np.nan)
-    return pd.DataFrame({axis: grid, "mean": mean, "low": low, "high": high, "seeds": seeds})
+    warnings.simplefilter("ignore", RuntimeWarning)  # of means of nothing but NaN
+    low, high = np.where(seeds > 1, np.nanpercentile(np.nanmean(curves[picks], 1), [2.5, 97.5], 0), np.nan)
+    return pd.DataFrame({axis: grid, "mean": np.nanmean(curves, 0), "low": low, "high": high, "seeds": seeds})
 
 
-def matrix(*games: np.ndarray) -> np.ndarray:
-    """Scores f[runs, games]; where games have different numbers of runs all are repeated, to give games one weight."""
-    rows = math.lcm(*map(len, games))
-    return np.stack([np.repeat(game, rows // len(game)) for game in games], axis=1)
+def aggregate(games: list[np.ndarray], taus: np.ndarray, reps: int) -> np.ndarray:
+    """METRICS and performance profile at `taus` of normalised scores, one array of runs a game: f[3, 4 + taus].
 
-
-def aggregate(games: list[np.ndarray], taus: np.ndarray, reps: int) -> tuple[np.ndarray, np.ndarray]:
-    """METRICS and the performance profile at `taus` of normalised scores, one array of runs a game.
-
-    Returns: figures f[4 + taus] and their intervals f[2, 4 + taus], NaN if no game has two runs.
+    The rows are the figures and the ends of their intervals, which are NaN if no game has two runs.
     """
 
     def figures(*games: np.ndarray) -> np.ndarray:
-        scores = matrix(*games)
+        rows = np.lcm.reduce(
+            [*map(len, games)]
+        )  # games with fewer runs have them repeated, to give all games one weight
+        scores = np.stack([np.repeat(game, rows // len(game)) for game in games], axis=1)
         profile = np.mean(scores > taus[:, None, None], axis=(1, 2))
         return np.array([*(metric(scores) for metric in METRICS.values()), *profile])
 
     if max(map(len, games)) == 1:
-        return figures(*games), np.full((2, len(METRICS) + len(taus)), np.nan)
+        return figures(*games) * np.array([[1], [np.nan], [np.nan]])
     np.random.seed(0)  # noqa: NPY002 (rliable draws from the global state, whatever it is given)
     point, interval = library.get_interval_estimates({"all": games}, figures, reps=reps)
-    return point["all"], interval["all"]
+    return np.stack([point["all"], *interval["all"]])
 
 
-def score_frames(scores: dict[str, dict[str, np.ndarray]], reps: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """METRICS and performance profiles of {name: {game: human-normalised scores f[runs]}}."""
-    shown = [games for name, games in scores.items() if not name.startswith(PUBLISHED)] or list(scores.values())
-    every = np.concatenate([score for games in shown for score in games.values()])
-    taus = np.linspace(min(0, every.min()), np.clip(every.max(), 0.1, 8), 101)  # few games are played above 800 %
-    figures, profiles, count = [], [], len(METRICS)
-    for name, games in scores.items():
-        point, (low, high) = aggregate(list(games.values()), taus, reps)
-        common = dict(experiment=name, games=len(games), runs=sum(map(len, games.values())))
-        own = dict(metric=list(METRICS), value=point[:count], low=low[:count], high=high[:count])
-        figures.append(pd.DataFrame(common | own))
-        own = dict(tau=taus, share=point[count:], low=low[count:], high=high[count:])
-        profiles.append(pd.DataFrame(common | own))
-    return pd.concat(figures), pd.concat(profiles)
+def score_frames(runs: pd.DataFrame, references: list[str], table: pd.DataFrame, reps: int) -> list[pd.DataFrame]:
+    """METRICS and performance profiles of the human-normalised scores of runs and, over their games, of references."""
+    own = runs[runs["env_id"].isin(table.index)][["experiment", "env_id", "score"]].dropna()
+    shown = table if runs.empty else table[table.index.isin(own["env_id"])]
+    known = shown[references].add_prefix(PUBLISHED).melt(var_name="experiment", value_name="score", ignore_index=False)
+    scores = pd.concat([own, known.reset_index()] if len(own) else [known.reset_index()])
+    random, human = (scores["env_id"].map(table[name]) for name in ("random", "human"))
+    scores["score"] = (scores["score"] - random) / (human - random)
+    least, most = min(0, scores["score"].min()), max(0.01, scores["score"].max())
+    taus = [*np.linspace(least, min(most, 1), 101), *np.geomspace(1, max(most, 1), 101)[1 if most > 1 else 101 :]]
+    frames = []
+    for name, own in scores.groupby("experiment", sort=False):
+        games = [game["score"].to_numpy() for _, game in own.groupby("env_id")]
+        common = dict(experiment=name, games=len(games), runs=len(own), metric=[*METRICS, *taus])
+        value, low, high = aggregate(games, np.array(taus), reps)
+        frames.append(pd.DataFrame(common | dict(value=value, low=low, high=high)))
+    figures, profiles = (pd.concat([f[part] for f in frames or [scores]]) for part in (slice(4), slice(4, None)))
+    return [figures, profiles.rename(columns={"metric": "tau", "value": "share"}).infer_objects()]
 
 
 # === Pictures =========================================================================================================
+# a number on an axis; the line of a curve over others, among which dashes let an equal one be seen
+short = lambda x, _=0: f"{x / 1e6:.4g}M" if abs(x) >= 1e6 else f"{x / 1e3:.4g}k" if abs(x) >= 1e4 else f"{x:.4g}"
+line = lambda frame, others: (0, (4, 4)) if any(frame.equals(other) for other in others) else "-"
 
 
-def short(x: float, _: int = 0) -> str:
-    """A number on an axis."""
-    return f"{x / 1e6:.4g}M" if abs(x) >= 1e6 else f"{x / 1e3:.4g}k" if abs(x) >= 1e4 else f"{x:.4g}"
-
-
-def percent(x: float, _: int = 0) -> str:
-    return f"{100 * x:.4g} %"
-
-
-def draw_reference(ax: plt.Axes, number: int, score: float, color: str) -> None:
-    """A published score: a line, or an arrow and the number in a corner where a line would flatten the curves."""
-    low, high = ax.dataLim.intervaly
-    if 2 * low - high <= score <= 2 * high - low:
-        ax.axhline(score, color=color, ls="--", lw=1)
-        return
-    top = score > high
-    away = 3 + 1.3 * plt.rcParams["font.size"] * number  # points from the corner: one line for each reference
-    corner, offset = ((0, 1), (3, -away)) if top else ((1, 0), (-3, away))  # where rising curves leave room
-    align = dict(ha="left", va="top") if top else dict(ha="right", va="bottom")
-    paper = dict(facecolor="white", alpha=0.7, lw=0, pad=1)
-    text = ("↑ " if top else "↓ ") + short(score)
-    ax.annotate(text, corner, offset, "axes fraction", "offset points", color=color, bbox=paper, **align)
-
-
-def draw_panel(ax: plt.Axes, game: str, curves: dict[str, pd.DataFrame], axis: str, scale: float, colors: dict) -> None:
+def draw_panel(ax: plt.Axes, axis: str, curves: dict[str, pd.DataFrame], published: dict[str, float], colors: dict):
     """One game: a line and a band for the curve of each experiment, dotted where some of its seeds are missing."""
-    for experiment, frame in curves.items():
-        x, mean, whole = frame[axis] * scale, frame["mean"], frame["seeds"] == frame["seeds"].max()
-        look = dict(color=colors[experiment], marker="." if mean.count() == 1 else None)
-        ax.plot(x, mean, ":", lw=1.2, **look)
-        ax.plot(x, mean.where(whole), "-", lw=1.5, **look)
-        ax.fill_between(x, frame["low"], frame["high"], color=colors[experiment], alpha=0.25, lw=0)
-    if not curves:
-        ax.text(0.5, 0.5, "no finished game", ha="center", transform=ax.transAxes)
-        ax.set_axis_off()
-    ax.set(title=game)
-    ax.xaxis.set_major_formatter(short)
-    ax.yaxis.set_major_formatter(short)
+    for i, (name, frame) in enumerate(curves.items()):
+        x, mean, color = frame[axis], frame["mean"], colors[name]
+        ax.plot(x, mean, ":", lw=1.2, color=color, marker="." if mean.count() == 1 else None)
+        whole = mean.where(frame["seeds"] == frame["seeds"].max())
+        ax.plot(x, whole, ls=line(frame, list(curves.values())[:i]), lw=1.5, color=color)
+        ax.fill_between(x, frame["low"], frame["high"], color=color, alpha=0.25, lw=0)
+    low, high = ax.dataLim.intervaly
+    for i, (name, score) in enumerate(published.items()):
+        if 2 * low - high <= score <= 2 * high - low:
+            ax.axhline(score, color=colors[name], ls="--", lw=1)
+        else:  # a line so far away would flatten the curves; the corner is where rising ones leave room
+            at, text = (3, -3 - 13 * i), f"{'↑' if score > high else '↓'} {short(score)}"
+            ax.annotate(text, (0, 1), at, "axes fraction", "offset points", color=colors[name], va="top")
+    ax.set_xlim(left=0)
 
 
-def draw_curves(
-    curves: dict[tuple[str, str], pd.DataFrame], axis: str, published: pd.DataFrame, colors: dict[str, str], path: Path
-) -> None:
+def draw_curves(curves: dict, axis: str, label: str, published: pd.DataFrame, colors: dict[str, str], path: Path):
     """A panel for each game. curves: {(experiment, game): curve}; published: scores of games, a column a reference."""
-    games = sorted({game for _, game in curves})
-    columns = len(games) if len(games) <= 3 else math.ceil(len(games) ** 0.5)
-    rows = math.ceil(len(games) / columns)
+    games, seeds = {game: {} for _, game in curves}, dict.fromkeys((name for name, _ in curves), 0)
+    for (name, game), frame in curves.items():
+        seeds[name] = max(seeds[name], count := int(frame["seeds"].max()))
+        games[game] |= {name: frame} if count else {}
+    columns = len(games) if len(games) <= 3 else int(np.ceil(len(games) ** 0.5))
+    rows = -(-len(games) // columns)
     width, height = (5.5, 4) if len(games) <= 4 else (3.4, 2.5) if len(games) <= 16 else (2.6, 2)
-    fig, axes = plt.subplots(rows, columns, figsize=(max(columns * width, 6.5), rows * height + 1), squeeze=False)
-    longest = max(frame[axis].iloc[-1] for frame in curves.values())
-    scale, unit = (60, "minutes of training") if axis == "hours" and longest < 2 else (1, "hours of training")
-    for ax, game in zip(axes.flat, games, strict=False):
-        own = {name: frame for (name, g), frame in curves.items() if g == game and frame["seeds"].any()}
-        draw_panel(ax, game, own, axis, scale, colors)
-        for number, (name, score) in enumerate(published.loc[game].items() if own and game in published.index else ()):
-            draw_reference(ax, number, score, colors[name])
-        ax.set_xlim(left=0)
-        ax.xaxis.set_major_locator(plt.MaxNLocator(5 if width > 3 else 3))
-    for ax in axes.flat[len(games) :]:
-        ax.remove()
-    fig.supxlabel("environment steps (4 frames each)" if axis == "steps" else unit, fontsize="large")
+    fig = plt.figure(figsize=(max(columns * width, 6.5), rows * height + 1))
+    for i, (game, own) in enumerate(sorted(games.items())):
+        ax = fig.add_subplot(rows, columns, i + 1, title=game if own else f"{game}: no finished game")
+        draw_panel(ax, axis, own, dict(published.loc[game]) if own and game in published.index else {}, colors)
+        ax.xaxis.set(major_locator=MaxNLocator(5 if width > 3 else 3), major_formatter=short)
+        ax.yaxis.set_major_formatter(short)
+    fig.supxlabel(label, fontsize="large")
     fig.supylabel("return (the game's own score)", fontsize="large")
-    draw_legend(fig, curves, published.columns, colors)
+    lines = {f"{name} ({count} seed{'s' * (count != 1)})": (name, "-") for name, count in seeds.items()}
+    lines |= {name: (name, "--") for name in published}
+    handles = [plt.Line2D([], [], label=text, color=colors[name], ls=ls) for text, (name, ls) in lines.items()]
+    note = "bands: 95 % bootstrap intervals over seeds; dotted: some seeds only; dashes over a line: equal"
+    note = dict(title=note, title_fontsize="small") if max(seeds.values()) > 1 or len(seeds) > 1 else {}
+    fig.legend(handles=handles, loc="outside upper center", ncols=1 if len(games) == 1 else 3, **note)
     fig.savefig(path)
     plt.close(fig)
 
 
-def draw_legend(fig: plt.Figure, curves: dict[tuple[str, str], pd.DataFrame], references, colors: dict) -> None:
-    """Above the panels: experiments with their seeds, references, and what dots and bands mean if there are any."""
-    seeds = defaultdict(set)
-    for (experiment, _), frame in curves.items():
-        seeds[experiment].add(frame["seeds"].max())
-    span = lambda n: f"{min(n)} to {max(n)} seeds" if len(n) > 1 else f"{max(n)} seed{'' if n == {1} else 's'}"
-    lines = {f"{name} ({span(n)})": dict(color=colors[name]) for name, n in seeds.items()}
-    lines |= {name: dict(color=colors[name], ls="--") for name in references}
-    if any(frame["seeds"].replace(0, np.nan).nunique() > 1 for frame in curves.values()):
-        lines["only some of the seeds"] = dict(color="gray", ls=":")
-    if any(frame["low"].notna().any() for frame in curves.values()):
-        lines["95 % bootstrap interval over seeds"] = dict(color="gray", lw=10, alpha=0.3)
-    handles = [plt.Line2D([], [], label=label, **look) for label, look in lines.items()]
-    widest = 0.6 + 0.09 * max(map(len, lines))  # inches, about
-    fig.legend(handles=handles, loc="outside upper center", ncols=max(1, int(fig.get_figwidth() / widest)))
-
-
 def draw_scores(figures: pd.DataFrame, profiles: pd.DataFrame, colors: dict[str, str], path: Path) -> None:
     """METRICS with their intervals above, the performance profiles below."""
-    names = list(figures["experiment"].unique())
+    names, percent = list(figures["experiment"].unique()), PercentFormatter(1)
     mosaic, heights = [list(METRICS), ["profile"] * len(METRICS)], [0.5 + 0.3 * len(names), 4]
     fig, axes = plt.subplot_mosaic(mosaic, figsize=(11, sum(heights) + 1), height_ratios=heights)
-    for metric, frame in figures.groupby("metric"):
-        ax = axes[metric]
-        for row in frame.itertuples():
-            y, color = names.index(row.experiment), colors[row.experiment]
-            ax.plot([row.low, row.high], [y, y], color=color, lw=7, alpha=0.35, solid_capstyle="butt")
-            ax.plot(row.value, y, "o", color=color, ms=5)
-        ax.set(title=metric, ylim=(len(names) - 0.5, -0.5), yticks=range(len(names)), yticklabels=[])
-        ax.xaxis.set_major_formatter(percent)
-        ax.xaxis.set_major_locator(plt.MaxNLocator(3))
-        ax.margins(x=0.15)
+    profile = axes.pop("profile")
+    for row in figures.itertuples():
+        ax, y, color = axes[row.metric], names.index(row.experiment), colors[row.experiment]
+        ax.plot([row.low, row.high], [y, y], color=color, lw=7, alpha=0.35, solid_capstyle="butt")
+        ax.plot(row.value, y, "o", color=color, ms=5)
+    for metric, ax in axes.items():
+        ax.set(title=metric, ylim=(len(names) - 0.5, -0.5), xmargin=0.15)
+        ax.set_yticks(range(len(names)), names if metric == "median" else [""] * len(names))
+        ax.xaxis.set(major_formatter=percent, major_locator=MaxNLocator(3))
         ax.grid(axis="y", visible=False)
-    axes["median"].set_yticklabels(names)
-    ax = axes["profile"]
-    for name, frame in profiles.groupby("experiment", sort=False):
-        line = "--" if name.startswith(PUBLISHED) else "-"
-        ax.plot(frame["tau"], frame["share"], line, color=colors[name], label=name)
-        ax.fill_between(frame["tau"], frame["low"], frame["high"], color=colors[name], alpha=0.25, lw=0)
-    ax.set(xlabel="human-normalised score", ylabel="share of runs with a higher score", ylim=(0, 1.02))
-    ax.set_xlim(profiles["tau"].min(), profiles["tau"].max())
-    ax.xaxis.set_major_formatter(percent)
-    ax.yaxis.set_major_formatter(percent)
-    ax.legend()
-    fig.suptitle("Human-normalised scores, with 95 % bootstrap intervals where seeds allow", fontsize="large")
+    curves = {
+        name: frame[["tau", "share", "low", "high"]] for name, frame in profiles.groupby("experiment", sort=False)
+    }
+    for i, (name, frame) in enumerate(curves.items()):
+        ls = "--" if name.startswith(PUBLISHED) else line(frame, list(curves.values())[:i])
+        profile.plot(frame["tau"], frame["share"], ls=ls, color=colors[name], label=name)
+        profile.fill_between(frame["tau"], frame["low"], frame["high"], color=colors[name], alpha=0.25, lw=0)
+    if profiles["tau"].max() > 1:
+        profile.set_xscale("symlog", linthresh=1)
+        profile.set_xticks([0, 0.25, 0.5, 1, 2, 4, 8, 16, 64, 256])
+    profile.set(xlim=profiles["tau"].agg(["min", "max"]), ylim=(0, 1.02))
+    profile.set(xlabel="human-normalised score, 95 % bootstrap intervals", ylabel="share of runs with a higher score")
+    profile.xaxis.set_major_formatter(percent)
+    profile.yaxis.set_major_formatter(percent)
+    profile.legend()
     fig.savefig(path)
     plt.close(fig)
 
 
 # === Table ============================================================================================================
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
-
-
-def listed(names: list[str], most: int = 8) -> str:
-    """The first `most` of the names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def figures_table(figures: pd.DataFrame, runs: list[Run], minutes: dict[str, float]) -> str:
-    """A line for each experiment and reference. minutes: the mean over its finished runs."""
-    rows = []
+def figures_table(figures: pd.DataFrame, runs: pd.DataFrame, table: pd.DataFrame) -> str:
+    """A line for each experiment and reference."""
+    lines, played = [], table if runs.empty else table[table.index.isin(runs["env_id"])]
     for name, frame in figures.groupby("experiment", sort=False):
         bracket = lambda row: f" [{100 * row.low:.1f}, {100 * row.high:.1f}]" if np.isfinite(row.low) else ""
-        cells = [f"{100 * row.value:.1f} %{bracket(row)}" for row in frame.itertuples()]
-        unfinished = sum(run.experiment == name and not run.finished for run in runs)
-        count = f"{frame['runs'].iloc[0]}" + (f", {unfinished} unfinished" if unfinished else "")
-        time = f"{minutes[name]:.1f}" if np.isfinite(minutes.get(name, np.nan)) else ""
-        rows.append([name, f"{frame['games'].iloc[0]}", "means" if name.startswith(PUBLISHED) else count, *cells, time])
-    return markdown(["experiment", "games", "runs", *METRICS, "minutes a run"], rows)
+        cells = {row.metric: f"{100 * row.value:.1f} %{bracket(row)}" for row in frame.itertuples()}
+        own = runs[runs["experiment"] == name]
+        games, count, hours = frame["games"].iloc[0], f"{frame['runs'].iloc[0]}{unfinished(own)}", own["hours"]
+        minutes = 60 * hours[own["finished"].astype(bool)].mean()
+        if name.startswith(PUBLISHED):
+            count, minutes = "means", played.get(f"{name.removeprefix(PUBLISHED)}_minutes", pd.Series()).mean()
+        cells |= {"minutes a run": f"{minutes:.1f}".replace("nan", "")}
+        lines.append({"experiment": name, "games": games, "runs": count} | cells)
+    return markdown(lines[0], [line.values() for line in lines])
 
 
-def games_table(runs: list[Run], table: pd.DataFrame, references: list[str]) -> str:
+def games_table(runs: pd.DataFrame, table: pd.DataFrame, references: list[str]) -> str:
     """A line for each game: mean, standard deviation and number of the seeds' scores, beside the known ones."""
-    experiments = sorted({run.experiment for run in runs})
 
-    def cell(game: str, experiment: str) -> str:
-        own = [run for run in runs if (run.env_id, run.experiment) == (game, experiment)]
-        scores = [run.score for run in own if np.isfinite(run.score)]
-        if not scores:
-            return "no finished game" if own else ""
+    def cell(own: pd.DataFrame) -> str:
+        scores = own["score"].dropna()
         spread = f" ± {np.std(scores):.1f}" if len(scores) > 1 else ""
-        unfinished = sum(not run.finished for run in own)
-        return f"{np.mean(scores):.1f}{spread} ({len(scores)}{f', {unfinished} unfinished' if unfinished else ''})"
+        return f"{scores.mean():.1f}{spread} ({len(scores)}{unfinished(own)})" if len(scores) else "no finished game"
 
-    def known(game: str, column: str) -> str:
-        return f"{table.loc[game, column]:.1f}" if game in table.index else ""
-
-    rows = []
-    for game in sorted({run.env_id for run in runs}):
-        own = [cell(game, experiment) for experiment in experiments]
-        rows.append([game, *own, *(known(game, column) for column in [*references, "random", "human"])])
-    published = [PUBLISHED + column for column in references]
-    return markdown(["score (seeds)", *experiments, *published, "random", "human"], rows)
+    groups = runs.groupby(["experiment", "env_id"])
+    cells = pd.Series({key: cell(own) for key, own in groups}).unstack(0, fill_value="")
+    known = table[references].add_prefix(PUBLISHED).join(table[["random", "human"]]).map("{:.1f}".format)
+    cells = cells.join(known).fillna("")
+    return markdown(["score (seeds)", *cells], cells.itertuples())
 
 
-def remarks(runs: list[Run], table: pd.DataFrame) -> list[str]:
-    """What a reader must know about each experiment."""
-    notes, all_games = [], {run.env_id for run in runs}
-    name = lambda run: f"{run.env_id} seed {run.seed}"
-    for experiment in sorted({run.experiment for run in runs}):
-        own = [run for run in runs if run.experiment == experiment]
-        seeds = Counter(run.env_id for run in own)
-        for what, cases in {
-            "not finished, shown as far as they came": [f"{name(r)} ({r.done:.0%})" for r in own if not r.finished],
-            "no game has ended, so there is no score": [name(run) for run in own if np.isnan(run.score)],
-            "one seed only, so no band": [game for game, count in seeds.items() if count == 1],
-            "no human score is known, so not in the human-normalised figures": sorted(set(seeds) - set(table.index)),
-            "no run, so not in its figures": sorted(all_games - set(seeds)),
-        }.items():
-            if cases:
-                notes.append(f"{experiment}: {what}: {listed(cases)}.")
-    return notes
-
-
-# === Main =============================================================================================================
-
-
-def pick_references(options: Options, runs: list[Run], table: pd.DataFrame) -> list[str]:
-    """Columns of published means."""
-    columns = [column for column in table if f"{column}_std" in table]
-    named = {"auto": {run.published for run in runs if run.env_id in table.index}, "all": columns, "none": []}
-    for name in options.reference:
-        if name not in [*named, *columns]:
-            close = get_close_matches(name, columns, 1) or ["all"]
-            rule = f"must be auto, all, none or of {', '.join(columns)}"
-            stop(f"--reference {name}: {rule}. For example: --reference {close[0]}")
-    picked = {column for name in options.reference for column in named.get(name, [name])}
-    return [column for column in columns if column in picked]
-
-
-def normalised_scores(runs: list[Run], references: list[str], table: pd.DataFrame) -> dict[str, dict[str, np.ndarray]]:
-    """{experiment or reference: {game: human-normalised scores f[runs]}}; references over the games of the runs."""
-    scores = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        if run.env_id in table.index and np.isfinite(run.score):
-            scores[run.experiment][run.env_id].append(run.score)
-    played = sorted({game for games in scores.values() for game in games}) if runs else list(table.index)
-    for column in references if played else ():
-        scores[PUBLISHED + column] = {game: [table.loc[game, column]] for game in played}
-    random, human = table["random"], table["human"]
-    to_human = lambda game, score: (np.array(score) - random[game]) / (human[game] - random[game])
-    return {name: {game: to_human(game, score) for game, score in games.items()} for name, games in scores.items()}
-
-
-def mean_minutes(runs: list[Run], references: list[str], table: pd.DataFrame) -> dict[str, float]:
-    """{experiment or reference: minutes of a run}, over finished runs, and over the games of the runs."""
-    spent = defaultdict(list)
-    for run in runs:
-        if run.finished:
-            spent[run.experiment].append(60 * run.end["hours"])
-    games = table.index.isin([run.env_id for run in runs]) if runs else slice(None)
-    for column in references:
-        spent[PUBLISHED + column] = table.loc[games].get(f"{column}_minutes", [])
-    return {name: float(np.mean(minutes)) for name, minutes in spent.items() if len(minutes)}
-
-
-def write_all(options: Options, runs: list[Run], notes: list[str], table: pd.DataFrame, references: list[str]) -> str:
-    """Write every file; return the table."""
-    experiments = sorted({run.experiment for run in runs})
-    names = experiments + [PUBLISHED + column for column in references]
-    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
-    parts, out = [], options.out
-    if runs:
-        groups = defaultdict(list)
-        for run in runs:
-            groups[run.experiment, run.env_id].append(run)
-        for axis in ("steps", "hours"):
-            curves = {key: curve(own, axis, options.points, options.reps) for key, own in groups.items()}
-            frame = pd.concat(curves, names=["experiment", "env_id"]).droplevel(2)
-            frame.dropna(subset="mean").to_csv(out / f"{axis}.csv")
-            draw_curves(curves, axis, table[references].add_prefix(PUBLISHED), colors, out / f"{axis}.png")
-        columns = ["experiment", "env_id", "seed", "finished", "done", "score", "path"]
-        rows = [{**{name: getattr(run, name) for name in columns}, **run.end} for run in runs]
-        pd.DataFrame(rows).to_csv(out / "runs.csv", index=False)
-    scores = normalised_scores(runs, references, table)
-    if scores:
-        figures, profiles = score_frames(scores, options.reps)
-        figures.to_csv(out / "scores.csv", index=False)
-        profiles.to_csv(out / "profiles.csv", index=False)
-        draw_scores(figures, profiles, colors, out / "scores.png")
-        minutes = mean_minutes(runs, references, table)
-        parts.append("Human-normalised scores:\n\n" + figures_table(figures, runs, minutes))
-    if runs:
-        parts.append(games_table(runs, table, references))
-    if references:
-        notes = [*notes, "published: Huang et al. 2023, only the mean over seeds is known, so no interval."]
-    if notes:
-        parts.append("\n".join(f"- {note}" for note in notes))
-    text = "\n\n".join(parts) + "\n"
-    (out / "table.md").write_text(text)
-    return text
+def write_curves(options: Options, runs: pd.DataFrame, published: pd.DataFrame, colors: dict[str, str]) -> None:
+    """steps and hours, as CSV and PNG; checkpoints that were played are an experiment of their own."""
+    played = runs[runs["evaluation"].map(len) > 0]
+    played = played.assign(log=played["evaluation"], experiment=played["experiment"] + EVALUATED)
+    for axis in ("steps", "hours"):
+        played[axis] = [log[axis].iloc[-1] for log in played["log"]]
+    groups = pd.concat([runs, played]).groupby(["experiment", "env_id"])
+    frames = " (4 frames each)" if runs["env_id"].isin(published.index).all() else ""  # others may be no Atari games
+    for axis, label in [("steps", f"environment steps{frames}"), ("hours", "hours of training")]:
+        curves = {key: curve(own, axis, options.points, options.reps) for key, own in groups}
+        frame = pd.concat(curves, names=["experiment", "env_id"]).droplevel(2).dropna(subset="mean")
+        frame.to_csv(options.out / f"{axis}.csv")
+        if axis == "hours" and runs["hours"].max() < 2:
+            curves = {key: own.assign(hours=60 * own["hours"]) for key, own in curves.items()}
+            label = "minutes of training"
+        draw_curves(curves, axis, label, published, colors, options.out / f"{axis}.png")
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    for flag, value in dict(points=options.points, reps=options.reps).items():
-        if value < 2:
-            stop(f"--{flag} {value}: must be 2 or more. For example: --{flag} {getattr(Options, flag)}")
+    require(options.points >= 2, "--points", options.points, "must be 2 or more", "--points 100")
+    require(options.reps >= 2, "--reps", options.reps, "must be 2 or more", "--reps 2000")
     plt.rcParams |= LOOK
+    none = pd.DataFrame(columns=["experiment", "env_id", "score", "finished", "hours", "record"])
+    runs, notes = read_runs(options) if options.runs else (none, [])
     table = pd.read_csv(Path(__file__).with_name("atari57_reference.csv"), index_col="env_id")
-    runs, notes = read_runs(options) if options.runs else ([], [])
-    references = pick_references(options, runs, table)
-    if not runs and not references:
-        stop("RUNS (empty): name directories of runs, or published results. For example: runs, or --reference all")
+    columns = [column for column in table if f"{column}_std" in table]
+    ppo = {"clip_coef" in record["args"] for record in runs[runs["env_id"].isin(table.index)]["record"]}
+    named = {"auto": ["cleanba_ppo_sync_1gpu" if clips else "cleanba_impala_1gpu" for clips in ppo]}
+    named |= {"all": columns, "none": []} | {column: [column] for column in columns}
+    for name in options.reference:
+        require(name in named, "--reference", name, f"must be one of {', '.join(named)}", "--reference all")
+    references = [column for column in columns if any(column in named[name] for name in options.reference)]
+    require(len(runs) or references, "RUNS", "(empty)", "name directories of runs", "runs, or --reference all")
     options.out.mkdir(parents=True, exist_ok=True)
-    print(write_all(options, runs, notes + remarks(runs, table), table, references))
-    print(f"The files are in {options.out}.")
+    names, parts, out = sorted({*runs["experiment"]}), [], options.out
+    names += [PUBLISHED + column for column in references] + [name + EVALUATED for name in names]
+    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
+    figures, profiles = score_frames(runs, references, table, options.reps)
+    if len(figures):
+        figures.to_csv(out / "scores.csv", index=False)
+        profiles.to_csv(out / "profiles.csv", index=False)
+        draw_scores(figures, profiles, colors, out / "scores.png")
+        parts.append("Human-normalised scores:\n\n" + figures_table(figures, runs, table))
+    if len(runs):
+        write_curves(options, runs, table[references].add_prefix(PUBLISHED), colors)
+        runs.drop(columns=["record", "log", "evaluation"]).to_csv(out / "runs.csv", index=False)
+        parts.append(games_table(runs, table, references))
+    late = [f"{r.experiment} {r.env_id} seed {r.seed} ({r.done:.0%})" for r in runs.itertuples() if not r.finished]
+    unknown = sorted({*runs["env_id"]} - {*table.index})
+    for what, names in {"unfinished, shown as far as they came": late, "no human score is known": unknown}.items():
+        more = f" and {len(names) - 8} more" * (len(names) > 8)
+        notes += [f"{what}: {', '.join(names[:8])}{more}"] * bool(names)
+    notes += ["published: Huang et al. 2023, only means over seeds known, so no intervals"] * bool(references)
+    parts += [f"Notes: {'; '.join(notes)}."] if notes else []
+    (out / "table.md").write_text("\n\n".join(parts) + "\n")
+    print(*parts, f"The files are in {out}.", sep="\n\n")
 
 
 if __name__ == "__main__":

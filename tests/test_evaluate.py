@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -40,6 +41,16 @@ def fresh_model(script, **flags):
     return args, network, params
 
 
+def refused(capsys, script, *words, **flags) -> str:
+    """The one line that says why nothing can be played."""
+    with pytest.raises(SystemExit) as end:
+        evaluated(script, *words, **flags)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert (error[:7], error.count("\n")) == ("error: ", 1)
+    return error
+
+
 def make_model(script, **flags):
     """Write model.msgpack with fresh parameters; returns (args, network, params)."""
     args, network, params = fresh_model(script, **flags)
@@ -56,6 +67,7 @@ def ppo():
     return conftest.load(PPO)
 
 
+@conftest.one_fast
 def test_scores_and_film(script, capsys, monkeypatch):
     """The scores are those of play_games; the film is the first game, all of it and no more, in its colours."""
     model = make_model(script)
@@ -112,19 +124,77 @@ def check_run(script, name, scores, sha256, update, capsys):
     assert sorted(directory.rglob("*")) == before
 
 
-def test_a_run_by_its_name(ppo, capsys):
+@pytest.fixture
+def run(ppo):
+    """A run with a model and three checkpoints, the newest of which is not whole."""
     args, network, params = make_model(ppo)
     Path("runs/one/checkpoints").mkdir(parents=True)
     Path("model.msgpack").rename("runs/one/model.msgpack")
-    Path("runs/one/run.json").write_text(json.dumps({"args": asdict(args), "around": {"script": PPO}}))
+    record = {"args": asdict(args), "actors": 2, "around": {"script": PPO}}
+    Path("runs/one/run.json").write_text(json.dumps(record))
     older = jax.tree.map(np.zeros_like, params)
     for update, current, previous in [(9, older, older), (10, params, older), (11, older, params)]:
         state = TrainState.create(apply_fn=network.apply, params=current, tx=optax.adam(1e-3))
         tree = serialization.to_state_dict(jax.device_get((state, previous)))
         file = Path(f"runs/one/checkpoints/{update}.msgpack")
         ppo.write_file(file, {"update": update, "kept": "{}", "state": tree})
-    file.write_bytes(file.read_bytes()[:-1])  # the newest is not whole
+    file.write_bytes(file.read_bytes()[:-1])
+    return args, network, params, older
+
+
+def test_a_run_by_its_name(ppo, run, capsys):
+    args, network, params, _ = run
     check_run(ppo, "one", ppo.play_games(args, network, params, 2), ppo.params_sha256(params), 10, capsys)
+
+
+def test_every_checkpoint(ppo, run, capsys):
+    """One line of the CSV for each that can be read, oldest first; 2 actors of 64 environments play 128 steps."""
+    args, network, params, older = run
+    expected = [ppo.play_games(args, network, p, 2) for p in (older, params)]
+    assert evaluated(ppo, "one", every_checkpoint=True) == expected[1]
+    out = capsys.readouterr().out
+    assert "checkpoints/11.msgpack is passed over: " in out
+    assert "scores: runs/one/evaluation.csv; uv run benchmark/plot.py runs/one draws them\n" in out
+    rows = [line.split(",") for line in Path("runs/one/evaluation.csv").read_text().splitlines()]
+    assert rows[0] == ["update", "steps", "games", "cut", "mean", "std", "scores"]
+    for row, update, scores in zip(rows[1:], (9, 10), expected, strict=True):
+        assert [int(x) for x in row[:4]] == [update, update * 16384, 2, 0]
+        assert [float(x) for x in row[4:6]] == [np.mean(scores), np.std(scores)]
+        assert [float(x) for x in row[6].split()] == scores
+
+
+class Endless(conftest.CountingPool):
+    """Scores 1 with every step. The games of environment 0 have 12 steps, those of environment 1 do not end."""
+
+    def __init__(self):
+        super().__init__(2, 16)
+        self.lengths = np.array([12, 10**9])
+
+    def info(self, reward, terminated):
+        return {"reward": np.ones(2), "terminated": terminated.astype(np.int32)}
+
+
+@pytest.mark.parametrize(("steps", "scores", "cut"), [(30, [12, 30], 1), (12, [12, 12], 1), (7, [7, 7], 2)])
+def test_a_game_that_does_not_end_is_cut(ppo, monkeypatch, capsys, steps, scores, cut):
+    """It counts with its score so far, if it does not end with the last step. A terminal shows the progress."""
+    make_model(ppo)
+    monkeypatch.setattr(evaluate, "load_script", lambda path: ppo)
+    monkeypatch.setattr(ppo, "make_env", lambda *_: Endless())
+    for live in (False, True):
+        monkeypatch.setattr(evaluate.sys.stdout, "isatty", lambda live=live: live)
+        assert evaluated(ppo, max_minutes=steps / 900) == scores
+        out = capsys.readouterr().out
+        assert f"({cut} cut after {steps / 900:g} minutes, with the score so far)\n" in out
+        assert ("\x1b[K0 of 2 games over, 0.0 of at most" in out) == live
+        assert out.count("\n") == 3
+
+
+def test_an_end_is_no_cut(ppo, monkeypatch, capsys):
+    make_model(ppo)
+    monkeypatch.setattr(evaluate, "load_script", lambda path: ppo)
+    monkeypatch.setattr(ppo, "make_env", lambda *_: conftest.CountingPool(2, 16))
+    evaluated(ppo, max_minutes=4 / 900)  # the games have 3 and 4 steps
+    assert " cut " not in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -235,36 +305,41 @@ def test_nothing_is_lost_without_the_hub(ppo, hub, monkeypatch, reachable):
     assert hub.files == {}
     assert {path.name for path in Path("upload").iterdir()} == {"README.md", "model.msgpack", f"{PPO}.py"}
 
-    hub.open, command = True, shlex.split(str(failure.value).splitlines()[-1])
-    tools = Path(sys.executable).parent
-    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
-    subprocess.run([tools / command[0], *command[1:]], env=environment, check=True)
-    assert hub.files == {path.name: path.read_bytes() for path in Path("upload").iterdir()}
+    command = shlex.split(str(failure.value).splitlines()[-1])
+    assert command == ["hf", "upload", "someone/agent", "upload", "."]
+    if not reachable:
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+        subprocess.run([Path(sys.executable).parent / command[0], *command[1:]], env=environment, check=True)
+        assert hub.files == {path.name: path.read_bytes() for path in Path("upload").iterdir()}
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (dict(script=Path("nowhere.py")), "script nowhere.py: there is no such file"),
+        (dict(script=Path("nowhere.py")), "SCRIPT nowhere.py: must be a Python file"),
         (dict(script=Path(conftest.__file__)), "conftest.py: has no load_model"),
-        (dict(model=Path("nothing")), "model runs/nothing: there is no such file or run"),
-        (dict(model=Path("empty")), "model runs/empty: .*nothing in it yet"),
-        (dict(model=Path("broken.msgpack")), f"model broken.msgpack: is no model of {PPO}.py"),
+        (dict(model=Path("nothing")), "MODEL_OR_RUN runs/nothing: no such run, or no model"),
+        (dict(model=Path("empty")), "MODEL_OR_RUN runs/empty: no such run, or no model and no checkpoint in it"),
+        (dict(every_checkpoint=True), "MODEL_OR_RUN model.msgpack: no such run, or no checkpoint in it"),
+        (dict(every_checkpoint=True, video=Path("a.mp4")), "--every-checkpoint True: .*For example: without --video"),
+        (dict(model=Path("broken.msgpack")), f"MODEL_OR_RUN broken.msgpack: is no model of {PPO}.py"),
+        (dict(max_minutes=0.0), "--max-minutes 0.0: must be above 0. For example: --max-minutes 10"),
         (dict(episodes=0), "--episodes 0: must be 1 or more. For example: --episodes 10"),
         (dict(seed=-1), "--seed -1: must be 0 to 4294967295. For example: --seed 1"),
         (dict(video=Path("game.gif")), "--video game.gif: must end in .mp4. For example: --video game.mp4"),
-        (dict(upload="a/b/c"), "--upload a/b/c: .*For example: --upload USER/NAME"),
+        (dict(upload="a/b/c"), "--upload a/b/c: must be USER/NAME. For example: --upload me/pong"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_errors_come_before_any_game(ppo, flags, message, monkeypatch):
+def test_errors_come_before_any_game(ppo, flags, message, monkeypatch, capsys):
     make_model(ppo)
     Path("runs/empty/checkpoints").mkdir(parents=True)
     Path("broken.msgpack").write_bytes(Path("model.msgpack").read_bytes()[:1000])
     options = evaluate.Options(Path(ppo.__file__), Path("model.msgpack"))
-    monkeypatch.setattr(evaluate, "summarise", None)  # no game may come to its end
-    with pytest.raises(evaluate.OptionError, match=message):
+    monkeypatch.setattr(evaluate, "watched", None)  # no game may begin
+    with pytest.raises(SystemExit, match="2"):
         evaluate.evaluate(replace(options, **flags))
+    assert re.search(f"^error: .*{message}", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -276,27 +351,28 @@ def test_errors_come_before_any_game(ppo, flags, message, monkeypatch):
         (PPO, WRAPPER, {"env_id": "Breakout-v5", "exp_name": "mine"}, f"has not the network of {WRAPPER}.py"),
     ],
 )
-def test_script_and_model_must_fit(trained, played, flags, message):
+def test_script_and_model_must_fit(trained, played, flags, message, capsys):
     make_model(conftest.load(trained), **flags)
-    with pytest.raises(evaluate.OptionError, match=message):
-        evaluated(conftest.load(played))
+    assert re.search(message, refused(capsys, conftest.load(played)))
 
 
-def test_without_the_extras(ppo, monkeypatch):
+def test_without_the_extras(ppo, monkeypatch, capsys):
     """The scores need neither; what needs them says what to install."""
     make_model(ppo)
     for package in ("imageio", "imageio.v2", "imageio_ffmpeg", "huggingface_hub"):
         monkeypatch.setitem(sys.modules, package, None)
     assert len(evaluated(ppo, episodes=1)) == 1
-    with pytest.raises(evaluate.OptionError, match=r"--video a.mp4: .* pip install imageio imageio-ffmpeg"):
-        evaluated(ppo, video=Path("a.mp4"))
-    with pytest.raises(evaluate.OptionError, match=r"--upload a/b: .* pip install huggingface_hub"):
-        evaluated(ppo, upload="a/b")
+    assert "--video a.mp4: needs two packages. For example: pip install imageio imageio-ffmpeg\n" in refused(
+        capsys, ppo, video=Path("a.mp4")
+    )
+    assert "--upload a/b: needs a package. For example: pip install huggingface_hub\n" in refused(
+        capsys, ppo, upload="a/b"
+    )
 
 
 def test_the_command_line(ppo, monkeypatch, capsys):
     make_model(ppo)
-    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # main adds to it
+    monkeypatch.setenv("XLA_FLAGS", "")  # main adds to it
     monkeypatch.setattr(sys, "argv", ["evaluate.py", ppo.__file__, "model.msgpack", "--episodes", "0"])
     with pytest.raises(SystemExit) as failure:
         evaluate.main()

@@ -11,11 +11,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from importlib.util import find_spec
 from unittest.mock import ANY
 
 import conftest
 import envpool
 import pytest
+import tyro
 
 run = conftest.load("benchmark/run")
 
@@ -181,9 +183,9 @@ def test_a_terminal_shows_a_table(stub, tmp_path):
     except OSError:  # the other end is closed
         os.close(outside)
     assert launcher.wait(60) == 1
-    assert re.search(r"runs: 1 running, 1 waiting\r\n  running +0 min  Slow-v5 seed 1: ", out)
-    assert "\x1b[2A\x1b[J" in out
-    assert re.search(r"  failed +runs/Broken-v5__stub__1__\w+/log.txt", out)
+    assert re.search(r"runs: 1 running, 1 waiting\r\n +0 min  Slow-v5__stub__1__\w+: \S", out)
+    assert "\x1b[1A\x1b[2K" in out  # drawn anew in the same place
+    assert re.search(r"failed: Broken-v5__stub__1__\w+\r\n", out)
 
 
 def call(monkeypatch, capsys, *flags: str) -> str:
@@ -202,7 +204,7 @@ def test_dry_run(monkeypatch, capsys):
     out = call(monkeypatch, capsys, "--command", "uv run --with 'jax[cuda13]' stub.py --concurrency", *sizes,
                "--exp-name", "x", "--env-ids", "Pong-v5", "Pong-v5", "--seeds", "3", "4", "--dry-run")  # fmt: skip
     line = (
-        "NPROC=2 CUDA_VISIBLE_DEVICES={gpu} JAX_PLATFORMS=cuda,cpu taskset --cpu-list {cores} "
+        "env NPROC=2 CUDA_VISIBLE_DEVICES={gpu} JAX_PLATFORMS=cuda,cpu taskset --cpu-list {cores} "
         "uv run --with 'jax[cuda13]' stub.py --concurrency --env-id Pong-v5 --seed {seed} --exp-name x "
         "--resume Pong-v5__x__{seed}__095bf121 --start-fresh "
         "--coordinator-address 127.0.0.1:{port} --num-processes 2 --process-id {rank} & "
@@ -336,46 +338,34 @@ def test_slurm_array(type_in, tmp_path, monkeypatch, capsys):
     assert "#SBATCH --array=0-1%2\n" in text
 
 
-# Holds flags against the scripts as they do themselves, without starting a run; on a machine of eight devices.
-CHECK = f"""
-import contextlib, importlib.util, io, json, os, sys
-sys.path.insert(0, {str(conftest.ROOT / "tests")!r})
-import conftest
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-from unittest.mock import patch
-
-import tyro
-
-def check(program, flags, tasks, gpus):
-    if program in ("benchmark/plot", "benchmark/learns") and not importlib.util.find_spec("rliable"):
+def check(program: str, flags: list[str], tasks: int, gpus: str | None) -> None:
+    """Hold flags against a program as it does itself, on a machine of eight devices, without starting anything."""
+    if program in ("benchmark/plot", "benchmark/learns") and not find_spec("rliable"):
         return  # cannot be installed with this Python
     module = conftest.load(program)
-    if program.startswith("benchmark/"):
+    if program == "benchmark/gpu":  # its arguments are scripts with their flags
+        for name, *own in map(str.split, flags):
+            check(name.removesuffix(".py"), own, 1, None)
+    elif program.startswith("benchmark/"):
         tyro.cli(module.Options, args=flags)
-        return
-    args = tyro.cli(module.Args, args=flags)
-    sizes = module.check_args(args, args.num_processes or (tasks if args.distributed else 1))
-    with patch.multiple(module, join=lambda args: None, check_args=lambda *_: sizes):  # none of the others is there
-        module.set_up(args)
-    if gpus and max(args.actor_device_ids + args.learner_device_ids) >= len(gpus.split(",")):
-        raise ValueError(f"a device that is not among the GPUs {{gpus}} of its process")
+    else:
+        args = tyro.cli(module.Args, args=flags)
+        module.check_args(args, args.num_processes or (tasks if args.distributed else 1))
+        visible = range(len(gpus.split(",")) if gpus else 8)
+        assert {*visible} >= {*args.actor_device_ids, *args.learner_device_ids}, "there are no such devices"
 
-for command in json.load(sys.stdin):
-    said, problem = io.StringIO(), None
-    try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            check(*command)
-    except (Exception, SystemExit) as error:
-        problem = f"{{error!r}} {{said.getvalue()}}"
-    print(json.dumps(problem))
-"""
+
+DOCUMENTS = ["README.md", "benchmark/README.md", "benchmark/results/README.md"]
 
 
 def test_every_command_that_we_tell_people_to_type_is_valid(type_in, monkeypatch, capsys):
     """Commands are caught where the shell hands them over; a sweep's become those of its runs, and those of SLURM."""
-    readme = (conftest.ROOT / "README.md").read_text()
-    records = [r for block in re.findall(r"```bash\n(.*?)```", readme, re.DOTALL) for r in type_in(block, "README.md")]
-    for path in sorted((conftest.ROOT / "benchmark").glob("*.sh")):
+    records, sources = [], Counter()
+    for document in (path for path in DOCUMENTS if (conftest.ROOT / path).exists()):
+        for block in re.findall(r"```bash\n(.*?)```", (conftest.ROOT / document).read_text(), re.DOTALL):
+            records += type_in(block, document)
+    sweeps = [path for path in sorted((conftest.ROOT / "benchmark").glob("*.sh")) if "/run.py" in path.read_text()]
+    for path in sweeps:
         records += type_in(f"bash {shlex.quote(f'benchmark/{path.name}')}", path.name)
     for words, source, *_ in records.copy():
         if "benchmark/run.py" in words:
@@ -383,19 +373,16 @@ def test_every_command_that_we_tell_people_to_type_is_valid(type_in, monkeypatch
             flags += ["--env-ids", "Pong-v5", "--seeds", "1"]
             records += type_in(call(monkeypatch, capsys, *flags, "--dry-run"), source)
             records += type_in(f"sbatch <<'END'\n{call(monkeypatch, capsys, *flags, '--slurm')}END\n", source)
-    checks, sources = [], Counter()
     for words, source, tasks, gpus in records:
         program = next((i for i, word in enumerate(words) if re.match(r"(cleanba_|benchmark/)\w+\.py", word)), None)
         if program is not None:
-            checks.append([words[program].removesuffix(".py"), words[program + 1 :], int(tasks or 1), gpus])
+            try:
+                check(words[program].removesuffix(".py"), words[program + 1 :], int(tasks or 1), gpus)
+            except (Exception, SystemExit) as error:
+                pytest.fail(f"{source}: {shlex.join(words)}: {error!r} {capsys.readouterr().err}")
             sources[source] += 1
-    result = subprocess.run([sys.executable, "-c", CHECK], input=json.dumps(checks), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    problems = [json.loads(line) for line in result.stdout.splitlines()]
-    for check, problem in zip(checks, problems, strict=True):
-        assert problem is None, check
     assert sources["README.md"] >= 7
-    for path in (conftest.ROOT / "benchmark").glob("*.sh"):
+    for path in sweeps:
         assert sources[path.name] >= 3  # the sweep, its run, its job
 
 

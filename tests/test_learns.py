@@ -73,7 +73,7 @@ def test_no_multiple_of_nothing(monkeypatch, capsys):
     [
         (["cleanba_ppo_envpool.py"], "RUNS (empty): name directories of runs"),
         (["cleanba_impala_envpool.py", "runs"], "is one of cleanba_ppo_envpool.py. For example: cleanba_ppo"),
-        (["nowhere.py", "runs"], "error: SCRIPT: "),
+        (["nowhere.py", "runs"], "error: SCRIPT "),
     ],
 )
 def test_a_wrong_command_says_why(monkeypatch, capsys, words, message):

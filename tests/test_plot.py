@@ -40,14 +40,29 @@ def finished(logs, score, **run):
     return write_run(logs, status="finished", mean_score=score, **run)
 
 
-def run_plot(*flags):
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, in turn. Without this fixture none are: they take most of the time."""
+    drawn = []
+    monkeypatch.setattr(plot.plt, "close", drawn.append)
+    yield drawn
+    monkeypatch.undo()
+    plot.plt.close("all")
+
+
+@pytest.fixture
+def run_plot(monkeypatch, request):
     """What the command line does; returns the table that it wrote."""
-    argv, sys.argv = sys.argv, ["plot.py", "--reps", "200", *flags]
-    try:
+    if "figures" not in request.fixturenames:
+        for draw in ("draw_curves", "draw_scores"):
+            monkeypatch.setattr(plot, draw, lambda *_: None)
+
+    def run_plot(*flags):
+        monkeypatch.setattr(sys, "argv", ["plot.py", "--reps", "200", *flags])
         plot.main()
-    finally:
-        sys.argv = argv
-    return Path("plots/table.md").read_text()
+        return Path("plots/table.md").read_text()
+
+    return run_plot
 
 
 def cells(table, row):
@@ -60,7 +75,7 @@ def png_size(path):
     return struct.unpack(">II", Path(path).read_bytes()[16:24])
 
 
-def test_reference_table_gives_the_published_medians():
+def test_reference_table_gives_the_published_medians(run_plot):
     """Acceptance: the medians and the mean minutes that the paper reports."""
     table = run_plot("--reference", "all")
     medians = {
@@ -78,7 +93,7 @@ def test_reference_table_gives_the_published_medians():
     assert not Path("plots/steps.png").exists()
 
 
-def test_a_curve_is_the_mean_of_seeds_with_their_range_as_band():
+def test_a_curve_is_the_mean_of_seeds_with_their_range_as_band(run_plot):
     """Two seeds of 1,000 steps, in 3,600 and 7,200 seconds, scores on straight lines."""
     finished([(s, 3.6 * s, s / 100, 1) for s in range(100, 1001, 100)], 10.0, seed=1)
     finished([(s, 7.2 * s, s / 50, 1) for s in range(100, 1001, 100)], 20.0, seed=2)
@@ -100,7 +115,7 @@ def test_a_curve_is_the_mean_of_seeds_with_their_range_as_band():
     assert hours.low[5:].isna().all()
 
 
-def test_between_two_points_games_count_alike_and_gaps_are_straight():
+def test_between_two_points_games_count_alike_and_gaps_are_straight(run_plot):
     run = [(100, 1.0, 1.0, 3), (200, 2.0, 5.0, 1), (400, 4.0, 4.0, 1), (1000, 10.0, None, 0)]
     finished(run, 4.0)
     run_plot("runs", "--points", "5")
@@ -110,7 +125,7 @@ def test_between_two_points_games_count_alike_and_gaps_are_straight():
     np.testing.assert_allclose(steps["mean"], [2 + 2 * 75 / 275, 4, 4, 4, 4], rtol=1e-6)
 
 
-def test_a_curve_begins_with_the_first_finished_game():
+def test_a_curve_begins_with_the_first_finished_game(run_plot):
     finished([(250, 1.0, None, 0), (500, 2.0, 7.0, 1), (1000, 4.0, 9.0, 1)], 9.0)
     run_plot("runs", "--points", "4")
     steps = pd.read_csv("plots/steps.csv")
@@ -118,7 +133,7 @@ def test_a_curve_begins_with_the_first_finished_game():
     assert list(steps["mean"]) == [7, 8, 9]
 
 
-def test_resumed_run_forgets_what_it_logged_twice():
+def test_resumed_run_forgets_what_it_logged_twice(run_plot):
     """Killed after step 600 and resumed from the checkpoint of step 400, whose working time goes on."""
     write_run([(s, 1.0 * s, 1.0, 1) for s in (200, 400, 600)])
     finished([(600, 650.0, 2.0, 1), (1000, 1100.0, 3.0, 1)], 3.0, purge_step=401)
@@ -128,7 +143,7 @@ def test_resumed_run_forgets_what_it_logged_twice():
     assert runs.hours[0] == pytest.approx(1100 / 3600)
 
 
-def test_human_normalised_figures_by_hand():
+def test_human_normalised_figures_by_hand(run_plot):
     """Pong: random -20.7, human 14.6. Breakout: random 1.7, human 30.5. Normalised: 0 and 1; 2 and 5."""
     score = lambda game, x: {"Pong-v5": -20.7 + x * 35.3, "Breakout-v5": 1.7 + x * 28.8}[game]
     for game, seed, x in [("Pong-v5", 1, 0), ("Pong-v5", 2, 1), ("Breakout-v5", 1, 2), ("Breakout-v5", 2, 5)]:
@@ -154,39 +169,35 @@ def test_human_normalised_figures_by_hand():
 
 
 def test_a_game_with_more_seeds_has_no_more_weight():
-    figures, _ = plot.aggregate([np.array([0.0, 0.0, 0.0]), np.array([1.0, 3.0])], np.array([0.5]), 10)
-    median, iqm, mean, gap, share = figures
+    median, iqm, mean, gap, share = plot.aggregate([np.zeros(3), np.array([1.0, 3.0])], np.array([0.5]), 10)[0]
     assert (median, mean, gap, share) == (1, 1, 0.5, 0.5)
     assert iqm == pytest.approx((3 * 0 + 3 * 1) / 6)  # the middle half of 0 0 0 0 0 0 1 1 1 3 3 3
 
 
 def test_interval_is_that_of_the_matrix_form_of_rliable():
     scores = np.random.default_rng(0).gamma(1.0, 1.0, (5, 20))
-    _, (low, high) = plot.aggregate(list(scores.T), np.array([1.0]), 1000)
+    _, low, high = plot.aggregate(list(scores.T), np.array([1.0]), 1000)
     iqm = lambda x: np.array([plot.metrics.aggregate_iqm(x)])
     _, interval = plot.library.get_interval_estimates({"": scores}, iqm, reps=1000)
     assert (low[1], high[1]) == pytest.approx(tuple(interval[""][:, 0]), rel=0.03)
 
 
-def test_unfinished_run_counts_as_far_as_it_came_and_is_named():
+def test_unfinished_run_counts_as_far_as_it_came_and_is_named(run_plot):
     """Its score is (60 * 4 + 60 * 8) / 120, of its last 100 games; the summary of an earlier stop is not used."""
     finished([(500, 5.0, 1.0, 10), (1000, 10.0, 10.0, 10)], 10.0, seed=1)
     logs = [(100, 1.0, 0.0, 60), (200, 2.0, 4.0, 60), (300, 3.0, 8.0, 60)]
     write_run(logs, seed=2, status="preempted", mean_score=-5.0)
     table = run_plot("runs", "--points", "10")
-    assert "- ppo: not finished, shown as far as they came: Pong-v5 seed 2 (30%)." in table
+    assert "Notes: unfinished, shown as far as they came: ppo Pong-v5 seed 2 (30%); " in table
     assert cells(table, "ppo")[1] == "2, 1 unfinished"
     assert cells(table, "Pong-v5")[0] == "8.0 ± 2.0 (2, 1 unfinished)"
     steps = pd.read_csv("plots/steps.csv").set_index("steps")
     assert steps.seeds[300.0] == 1
     assert steps.seeds[500.0] == 1
     assert math.isnan(steps.low[500.0])
-    table = run_plot("runs", "--finished-only")
-    assert "__2__20261124-120000-1: left out, not finished." in table
-    assert cells(table, "Pong-v5")[0] == "10.0 (1)"
 
 
-def test_missing_game_one_seed_unknown_game_and_no_finished_game_are_named():
+def test_missing_game_one_seed_unknown_game_and_no_finished_game_are_named(run_plot):
     logs = [(1000, 10.0, 5.0, 1)]
     for seed in (1, 2):
         finished(logs, 5.0, seed=seed)
@@ -194,10 +205,10 @@ def test_missing_game_one_seed_unknown_game_and_no_finished_game_are_named():
         finished([(1000, 10.0, None, 0)], None, seed=seed, exp="impala", impala=True)
     finished(logs, 5.0, exp="impala", game="Lunar-v5", impala=True)
     table = run_plot("runs")
-    assert "- impala: no game has ended, so there is no score: Pong-v5 seed 1, Pong-v5 seed 2." in table
-    assert "- impala: one seed only, so no band: Lunar-v5." in table
-    assert "- impala: no human score is known, so not in the human-normalised figures: Lunar-v5." in table
-    assert "- impala: no run, so not in its figures: Breakout-v5." in table
+    assert [line for line in table.splitlines() if line and line[0] not in "|H"] == [
+        "Notes: no human score is known: Lunar-v5; "
+        "published: Huang et al. 2023, only means over seeds known, so no intervals."
+    ]
     assert cells(table, "Pong-v5")[:2] == ["no finished game", "5.0 ± 0.0 (2)"]
     assert cells(table, "Breakout-v5")[:2] == ["", "5.0 ± 0.0 (2)"]
     assert cells(table, "Lunar-v5") == ["5.0 (1)", "", "", "", "", ""]
@@ -209,7 +220,7 @@ def test_missing_game_one_seed_unknown_game_and_no_finished_game_are_named():
     assert pd.read_csv("plots/steps.csv").low[lambda low: low.notna()].size > 0
 
 
-def test_one_seed_has_no_interval():
+def test_one_seed_has_no_interval(run_plot):
     finished([(1000, 10.0, 5.0, 1)], 5.0)
     table = run_plot("runs", "--reference", "none")
     assert pd.read_csv("plots/steps.csv").low.isna().all()
@@ -219,19 +230,19 @@ def test_one_seed_has_no_interval():
     assert "published" not in Path("plots/scores.csv").read_text()
 
 
-def test_the_same_seed_twice_is_one_sample():
+def test_the_same_seed_twice_is_one_sample(run_plot):
     """The finished one stays; without any, the one that came further."""
     kept = finished([(1000, 10.0, 5.0, 1)], 5.0, name="again")
     other = write_run([(1000, 10.0, 9.0, 1)])
     further = write_run([(400, 4.0, 1.0, 1)], seed=2)
     write_run([(200, 2.0, 1.0, 1)], seed=2, name="short")
     table = run_plot("runs")
-    assert f"{other}: left out, {kept} has the same experiment, game and seed." in table
-    assert f"runs/short: left out, {further} has" in table
+    assert f"{other} left out, another run has its experiment, game and seed" in table
+    assert "runs/short left out, another run" in table
     assert list(pd.read_csv("plots/runs.csv").path) == [str(kept), str(further)]
 
 
-def test_pictures_grow_with_the_games():
+def test_pictures_grow_with_the_games(run_plot, figures):
     games = sorted(pd.read_csv(conftest.ROOT / "benchmark" / "atari57_reference.csv").env_id)
     for game in games[:5]:
         finished([(500, 5.0, 1.0, 1), (1000, 10.0, 2.0, 1)], 2.0, game=game)
@@ -243,7 +254,7 @@ def test_pictures_grow_with_the_games():
         assert png_size("plots/scores.png")[0] == 1320
 
 
-def test_errors_name_the_flag_and_what_works(capsys):
+def test_errors_name_the_flag_and_what_works(run_plot, capsys):
     finished([(1000, 10.0, 5.0, 1)], 5.0)
     EventFileWriter("runs/empty").close()
     for flags, message in {
@@ -251,10 +262,52 @@ def test_errors_name_the_flag_and_what_works(capsys):
         ("nowhere",): "RUNS nowhere: there is no TensorBoard log there or below. For example: runs",
         ("runs/empty",): "RUNS runs/empty: no run there has logged what can be shown",
         ("runs", "--points", "1"): "--points 1: must be 2 or more. For example: --points 100",
-        ("runs", "--reference", "cleanba_imp_1gpu"): "For example: --reference cleanba_impala_1gpu",
+        (
+            "runs",
+            "--reference",
+            "cleanba",
+        ): "--reference cleanba: must be one of auto, all, none, monobeast_impala_1gpu",
     }.items():
         with pytest.raises(SystemExit) as stopped:
             run_plot(*flags)
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
-    assert "runs/empty: left out, there is no log of these scripts in it yet." in run_plot("runs")
+    assert "runs/empty left out, no log of these scripts in it yet" in run_plot("runs")
+
+
+def test_checkpoints_that_were_played_are_a_curve(run_plot):
+    """At 600 of 1,000 steps, which took 2 of 4 hours; their table is that of the run alone."""
+    run = finished([(400, 3600.0, 1.0, 1), (800, 10800.0, 2.0, 1), (1000, 14400.0, 3.0, 1)], 3.0)
+    head = "update,steps,games,cut,mean,std,scores\n"
+    (run / "evaluation.csv").write_text(head + "2,200,2,0,5.0,1.0,4 6\n6,600,2,1,7.0,0.0,7 7\n")
+    table = run_plot("runs", "--points", "3", "--reference", "none")
+    assert "played" not in table
+    for axis, end, first in [("steps", 600, 5.0), ("hours", 2, 5 + 2 / 9)]:  # 200 steps took half an hour
+        curve = pd.read_csv(f"plots/{axis}.csv").query("experiment == 'ppo, checkpoints played'")
+        np.testing.assert_allclose(curve[axis], [end / 3, 2 * end / 3, end], rtol=1e-5)
+        np.testing.assert_allclose(curve["mean"].iloc[[0, -1]], [first, 7], rtol=1e-5)
+
+
+def test_equal_curves_are_both_seen_and_steps_are_frames_in_atari_games_only(run_plot, figures):
+    for exp, step in [("a", 0.0), ("b", 0.0), ("c", 0.1)]:
+        finished([(500, 5.0, 1.0 + step, 1), (1000, 10.0, 2.0, 1)], 2.0, exp=exp)
+    finished([(1000, 10.0, 2.0, 1)], 2.0, game="CartPole-v1")
+    run_plot("runs/Pong*", "--reference", "none")
+    scores, steps, hours = figures
+    dashed = lambda ax: [line.get_linestyle() for line in ax.lines][1::2]
+    assert dashed(steps.axes[0]) == ["-", "--", "-"]
+    assert dashed(hours.axes[0]) == ["-", "--", "-"]
+    assert [line.get_linestyle() for line in scores.axes[-1].lines] == ["-", "--", "--"]  # all scored 2
+    assert steps.get_supxlabel() == "environment steps (4 frames each)"
+    assert hours.get_supxlabel() == "minutes of training"
+    run_plot("runs", "--reference", "none")
+    assert figures[-2].get_supxlabel() == "environment steps"
+
+
+def test_the_profile_is_as_wide_as_the_scores(run_plot, figures):
+    finished([(1000, 10.0, 0.0, 1)], 1.7 + 30 * 28.8, game="Breakout-v5")  # 3,000 %
+    finished([(1000, 10.0, 0.0, 1)], -20.7 - 0.1 * 35.3, game="Pong-v5")  # -10 %
+    run_plot("runs", "--reference", "none")
+    assert figures[0].axes[-1].get_xlim() == pytest.approx((-0.1, 30))
+    run_plot("runs/Pong*", "--reference", "none")
+    assert figures[3].axes[-1].get_xlim() == pytest.approx((-0.1, 0.01))

@@ -1,0 +1,42 @@
+"""What the tools share: how they refuse what cannot work, and how they find a script and a run."""
+
+import sys
+from collections.abc import Iterable
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+
+def stop(flag: str, value: Any, rule: str, instead: Any) -> NoReturn:
+    """End with exit code 2 and a line that says the flag, its value, the rule and a value that works."""
+    print(f"error: {flag} {value}: {rule}. For example: {instead}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def require(ok: Any, flag: str, value: Any, rule: str, instead: Any) -> None:
+    """Stop unless `ok`."""
+    if not ok:
+        stop(flag, value, rule, instead)
+
+
+def find_run(path: Path) -> Path:
+    """The directory of a run, which may be given by its name below runs."""
+    return Path("runs") / path if len(path.parts) == 1 and not path.exists() else path
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A table."""
+    lines = [header := list(header), ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def load_script(path: Path) -> ModuleType:
+    """A script of the project, or a fork, as a module of its own."""
+    require(path.is_file() and path.suffix == ".py", "SCRIPT", path, "must be a Python file", "cleanba_ppo_envpool.py")
+    spec = spec_from_file_location(f"loaded_{path.stem}", path)
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    whole = hasattr(module, "load_model") and hasattr(module, "play_games")
+    require(whole, "SCRIPT", path, "has no load_model and play_games", "cleanba_ppo_envpool.py")
+    return module
