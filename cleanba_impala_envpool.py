@@ -653,7 +653,8 @@ def join(args: Args) -> None:
     place = (args.coordinator_address, args.num_processes, args.process_id)
     if not args.distributed and place == (None, None, None):
         return
-    print(f"waiting for the other processes, {args.peer_timeout} s at most", flush=True)
+    others = [i for i in range(args.num_processes or 0) if i != args.process_id]
+    print(f"waiting {args.peer_timeout} s at most for the processes {others} ({args.coordinator_address})", flush=True)
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is the run's own
     visible = sorted({*args.actor_device_ids, *args.learner_device_ids})
     patience = dict(initialization_timeout=args.peer_timeout, heartbeat_timeout_seconds=args.peer_timeout)

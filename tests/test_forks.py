@@ -105,7 +105,11 @@ def dead(text: str) -> set[str]:
 def test_it_applies_and_leaves_nothing_dead(patched, name):
     text = patched(name).read_text()
     assert dead(text) == set()
-    assert len(PATCHES[name].read_text().split("\n--- ")[0].strip().splitlines()) == 1  # what it shows
+    shown, diff = PATCHES[name].read_text().split("\n--- ")
+    assert len(shown.strip().splitlines()) == 1  # what it shows
+    added, removed = (len(re.findall(rf"^\{sign}(?!\+\+ )", diff, re.M)) for sign in "+-")
+    readme = (ROOT / "README.md").read_text()
+    assert re.search(rf"^\| `{name}.patch` \|.*\| {added}, {removed} \|$", readme, re.M), (added, removed)
     if shutil.which("ruff"):
         command = ["ruff", "check", "--no-cache", "--config", ROOT / "pyproject.toml", patched(name)]
         done = subprocess.run(command, capture_output=True, text=True)
