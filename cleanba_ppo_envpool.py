@@ -1061,7 +1061,7 @@ def load_model(path: Path) -> tuple[Args, nn.Module, Any]:
 def main() -> None:
     args, heard = tyro.cli(Args, description=__doc__), set()
     if not jax.config.jax_compilation_cache_dir:  # JAX_ENABLE_COMPILATION_CACHE=0 turns it off
-        jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/cleanba").expanduser()))
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/cleanba"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if jax.config.jax_num_cpu_devices < 0:  # a CPU is as many devices as are asked for
         jax.config.update("jax_num_cpu_devices", 1 + max(args.actor_device_ids + args.learner_device_ids, default=0))

@@ -1,5 +1,7 @@
 """The sharded learner on rollouts of noise: what may change its bits and what may not."""
 
+import re
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -133,3 +135,38 @@ def test_tree_sum_is_one_tree(script):
         own = 12 // devices
         lower = [script.tree_sum(parts[i : i + own], while_even=True) for i in range(0, 12, own)]
         assert script.tree_sum([x for sums in lower for x in sums]) == [whole]
+
+
+def gradient_program(script, **flags):
+    """The gradient of one shard as a jaxpr, with the script's own network of five actions."""
+    args = script.Args(**SMALL, **flags)
+    network, rollout, numbers = script.ActorCritic(5, (4,), (8,), args.compute_dtype), noise(script), np.arange(16)
+    params = network.init(jax.random.key(0), rollout.obs[0])
+    if hasattr(script, "ppo_loss"):
+        estimate = script.compute_gae(rollout, 0.9, 0.9)
+        index = numbers.reshape(2, 1, 8)
+        sums = script.advantage_sums(estimate, index)
+        shard = (rollout, estimate, index, sums, script.advantage_sums(estimate, index, sums))
+    else:
+        shard = (rollout, numbers.reshape(2, 1, 8), 0)
+    gradient = lambda params, *shard: script.shard_gradient(network, args, params, *shard)
+    return params, jax.make_jaxpr(gradient)(params, *shard, (0, 0)), jax.eval_shape(gradient, params, *shard, (0, 0))
+
+
+def test_a_gradient_has_no_scatter_and_no_loop(script):
+    """A GPU would sort for the one, and launch the kernels of the other step by step."""
+    _, program, _ = gradient_program(script)
+    text = str(program)
+    assert "conv_general_dilated" in text
+    assert not [word for word in ("scatter", "scan[", "while[") if word in text]
+
+
+def test_bfloat16(script):
+    """Convolutions and hidden layers are computed in 16 bits; parameters, heads, losses and gradients have 32."""
+    for dtype in ("float32", "bfloat16"):
+        params, program, (gradient, metrics) = gradient_program(script, compute_dtype=dtype)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves((params, gradient, metrics))} == {"float32"}
+        short = {"float32": "f32", "bfloat16": "bf16"}[dtype]
+        outputs = re.findall(r":(\w+)\[[\d,]*\] = (conv_general_dilated|dot_general)\[", str(program))
+        assert {kind for kind, name in outputs if name == "conv_general_dilated"} == {short}
+        assert {kind for kind, name in outputs if name == "dot_general"} == {short, "f32"}
