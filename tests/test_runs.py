@@ -277,21 +277,22 @@ def test_hashes_of_a_run(script):
 
 def test_load_model(script):
     """A run that starts with another's parameters, and moves them by nothing, ends with the same hash."""
-    one = script.train(script.Args(**TINY, total_timesteps=64, save_model=True, eval_episodes=1, env_id="Pong-v5"))
-    model = f"runs/{one['run_name']}/model.msgpack"
-    flags = dict(total_timesteps=64, load_model=model, seed=2, env_id="Pong-v5")
-    two = script.train(script.Args(**TINY, **flags, learning_rate=0.0))
+    tiny = TINY | dict(total_timesteps=64, env_id="Pong-v5", start_fresh=True)
+    one = script.train(script.Args(**tiny, resume="one", save_model=True, eval_episodes=1))
+    model = "runs/one/model.msgpack"
+    tiny |= dict(load_model=model, seed=2)
+    two = script.train(script.Args(**tiny, resume="two", learning_rate=0.0))
     assert two["params_sha256"] == one["params_sha256"]
     assert two["args"]["load_model"] == model
-    assert script.train(script.Args(**TINY, **flags))["params_sha256"] != one["params_sha256"]
+    assert script.train(script.Args(**tiny, resume="three"))["params_sha256"] != one["params_sha256"]
 
     with pytest.raises(script.FlagError, match=f"--load-model {model}: its network or optimizer is another"):
-        script.train(script.Args(**TINY | dict(channels=(5,)), **flags))
+        script.train(script.Args(**tiny | dict(channels=(5,)), resume="four"))
     Path("bad.msgpack").write_bytes(Path(model).read_bytes()[:-1])
     Path("checkpoint.msgpack").write_bytes(sealed({"update": 1}))
     for path, why in ("bad", "not those that were written"), ("none", "No such file"), ("checkpoint", "'params'"):
         with pytest.raises(script.FlagError, match=rf"--load-model {path}.msgpack: cannot be read: .*{why}"):
-            script.train(script.Args(**TINY, **flags | dict(load_model=f"{path}.msgpack")))
+            script.train(script.Args(**tiny | dict(load_model=f"{path}.msgpack"), resume=path))
 
 
 def sealed(content):
