@@ -998,7 +998,7 @@ class Report(AbstractContextManager):
             return self.lock.close()
         if kind is not None:
             self.status = {KeyboardInterrupt: "interrupted", SystemExit: "preempted"}.get(kind, "failed")
-        with suppress(OSError):  # told already
+        with suppress(Exception):  # whatever a checkpoint failed of, the summary is written
             self.finish()
         kept, end, mesh = self.kept, time.perf_counter(), self.devices.mesh
         steps, seconds, scores = kept["updates"] * self.sizes.steps, kept["seconds"] + end - self.start, kept["scores"]

@@ -23,8 +23,8 @@ from statistics import median
 PER_UPDATE = 2 * 8 * 20  # steps
 FLAGS = "--img-size 42 --channels 4 8 8 --local-num-envs 8 --num-steps 20 --checkpoint-frequency 20 --start-fresh"
 FLAGS = [*FLAGS.split(), "--log-frequency", "1", "--peer-timeout", "60"]
-ENVIRONMENT = {"NPROC": "4", "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-ENVIRONMENT |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = {"NPROC": "4", "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 HERE = (1, "--num-actor-threads 2")  # processes, flags of each; everywhere two actors in all
 ELSEWHERE = [
     (1, "--num-actor-threads 2 --learner-device-ids 0 1"),
