@@ -22,16 +22,18 @@ plays which rollout never depends on which thread was fast:
 To change the environment edit section 2, the network section 3, the loss or a metric section 7. What is learned ends
 with `train`; below the stairs is where it runs and what is kept of it.
 
-Departures from the published code, numbered as in README.md: (1) the row that an auto-reset wastes teaches nothing,
-(2) a time limit is bootstrapped, (3) advantages are normalised over the whole minibatch, (7) no two environments share
-a seed and no two actors a key, (8) gradients are added up in one fixed order, so devices do not change the result.
+Departures from the published code, numbered as in README.md: (1) reset rows teach nothing, (2) time limits are
+bootstrapped, (3) advantages are normalised over the global minibatch, (7) seeds and keys are distinct, (8) gradients
+are added up in one order, so devices do not change the result.
 """
 
 import fcntl
 import hashlib
+import inspect
 import json
 import os
 import queue
+import re
 import signal
 import sys
 import threading
@@ -40,8 +42,7 @@ from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
-from difflib import get_close_matches
+from dataclasses import asdict, dataclass, make_dataclass
 from functools import cache, partial, reduce
 from importlib.metadata import version as package_version
 from importlib.util import find_spec
@@ -49,7 +50,6 @@ from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
-import envpool
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -65,8 +65,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer import event_file_writer
 
+sys.modules.setdefault("envpool.jumanji.registration", sys)  # games not used here, which load Matplotlib for a second
+import envpool  # noqa: E402
+
 # === §1 Args ==========================================================================================================
-# What a flag must be stands beside its type, (rule, test of a value), and is held by `check_args`.
+# Beside a flag's type stands what it must be, (rule, test of a value), which `check_args` holds; behind it its help. A
+# comment that has a line to itself heads a box of --help.
 Count = Annotated[int, "must be 1 or more", lambda x: x >= 1]
 Natural = Annotated[int, "must be 0 or more", lambda x: x >= 0]
 Positive = Annotated[float, "must be above 0", lambda x: 0 < x < np.inf]
@@ -78,29 +82,24 @@ Ids = Annotated[tuple[int, ...], "needs ids, 0 or more and different", lambda x:
 
 @dataclass(frozen=True)
 class Args:
+    # experiment
     exp_name: str = Path(__file__).stem  # name of the experiment, a part of the run's name
     seed: Annotated[int, "must be 0 to 4294967295", lambda x: 0 <= x < 2**32] = 1  # of all that is random
+    total_timesteps: int = 50_000_000  # environment steps of the run
+    log_frequency: Count = 10  # updates between two logs
     track: bool = False  # sync TensorBoard to Weights & Biases (pip install wandb)
     wandb_project_name: str = "cleanba"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team or user
-    log_frequency: Count = 10  # updates between two logs
-    checkpoint_frequency: Natural = 0  # updates between two checkpoints, all games start anew after each; 0 only at end
-    keep_checkpoints: Natural = 2  # newest checkpoints that are kept, 0 keeps all
-    resume: str | None = None  # go on with this run: its directory, or its name below runs
-    start_fresh: bool = False  # with --resume, start the run if it has no checkpoint
-    load_model: str | None = None  # start with the parameters of this model.msgpack, of the same network
-    save_model: bool = False  # write parameters and flags to model.msgpack at the end, and play games with them
-    eval_episodes: Count = 10  # games that --save-model plays, each in an environment of its own
+    # environment
     env_id: str = "Breakout-v5"  # an Atari game of EnvPool
     img_size: int = 84  # of observations; 42 suits a CPU
-    actor_timeout: Count = 300  # seconds that one step of an actor's environments may take before the run fails
-    env_threads: Natural = 0  # EnvPool threads of each actor; 0 shares the cores among the actors
-    total_timesteps: int = 50_000_000  # environment steps of the run
-    learning_rate: Weight = 2.5e-4  # of Adam, at the start
     local_num_envs: Count = 64  # environments of each actor thread
-    num_actor_threads: Count = 2  # actor threads on each actor device
-    num_steps: Count = 128  # T, the steps of a rollout
+    env_threads: Natural = 0  # EnvPool threads of each actor; 0 shares the cores among the actors
+    actor_timeout: Count = 300  # seconds that one step of an actor's environments may take before the run fails
+    # algorithm
+    learning_rate: Weight = 2.5e-4  # of Adam, at the start
     anneal_lr: bool = True  # let the learning rate fall linearly to 0
+    num_steps: Count = 128  # T, the steps of a rollout
     gamma: Fraction = 0.99  # discount of a reward one step later
     gae_lambda: Fraction = 0.95  # lambda of generalized advantage estimation
     num_minibatches: Count = 4  # optimizer steps of an epoch
@@ -111,13 +110,25 @@ class Args:
     ent_coef: Weight = 0.01  # weight of the entropy bonus
     vf_coef: Weight = 0.5  # weight of the value loss (which has a factor of 0.5 of its own)
     max_grad_norm: Positive = 0.5  # gradients are clipped to this global norm
+    concurrency: bool = False  # play the next rollout while the learner learns: policies lag by one update
+    # network
     channels: Widths = (16, 32, 32)  # channels of the network's convolution sequences
     hiddens: Widths = (256,)  # widths of the dense layers after them
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of convolutions and hidden layers; all else is float32
+    # devices
+    num_actor_threads: Count = 2  # actor threads on each actor device
     actor_device_ids: Ids = (0,)  # local devices that run the actors' forward passes
     learner_device_ids: Ids = (0,)  # local devices that compute gradients
     num_shards: Count = 4  # slices of a batch whose gradients are computed apart; learner devices must divide it
-    concurrency: bool = False  # play the next rollout while the learner learns: policies lag by one update
+    # checkpoints
+    checkpoint_frequency: Natural = 0  # updates between two checkpoints, all games start anew after each; 0 only at end
+    keep_checkpoints: Natural = 2  # newest checkpoints that are kept, 0 keeps all
+    resume: str | None = None  # go on with this run: its directory, or its name below runs
+    start_fresh: bool = False  # with --resume, start the run if it has no checkpoint
+    load_model: str | None = None  # start with the parameters of this model.msgpack, of the same network
+    save_model: bool = False  # write parameters and flags to model.msgpack at the end, and play games with them
+    eval_episodes: Count = 10  # games that --save-model plays, each in an environment of its own
+    # processes
     distributed: bool = False  # be one of many processes; SLURM, Open MPI and Kubernetes say how many and which
     coordinator_address: str | None = None  # HOST:PORT of process 0, where nothing else says so
     num_processes: int | None = None  # processes of the run, where nothing else says so
@@ -144,8 +155,7 @@ def env_options(args: Args) -> dict[str, Any]:
 def env_spec(args: Args) -> tuple[tuple[int, ...], int]:
     """The shape of an observation (4, H, W) and the number of actions A, without building a pool."""
     games = [name for name, (module, *_) in envpool.registration.registry.specs.items() if module == "envpool.atari"]
-    close = get_close_matches(args.env_id, games, 1) or [Args.env_id]
-    require(args.env_id in games, args, "env_id", f"must be one of EnvPool's {len(games)} Atari games", close[0])
+    require(args.env_id in games, args, "env_id", f"must be one of EnvPool's {len(games)} Atari games", Args.env_id)
     require(8 <= args.img_size <= 1024, args, "img_size", "must be 8 to 1024", Args.img_size)
     spec = envpool.make_spec(args.env_id, **env_options(args))
     return spec.observation_space.shape, int(spec.action_space.n)
@@ -270,7 +280,7 @@ class Rollout(NamedTuple):
 
 
 def make_policy(network: nn.Module) -> tuple[Callable, Callable]:
-    """act: (params, obs u8[B,...], key, t) -> Behaviour; last: (params, obs) -> what a Rollout has of obs[T]."""
+    """act: (params, obs u8[B,...], key, t) -> Behaviour; last: (params, obs, key) -> what a Rollout has of obs[T]."""
 
     @jax.jit
     def act(params, obs, key, t):
@@ -278,10 +288,7 @@ def make_policy(network: nn.Module) -> tuple[Callable, Callable]:
         action = jax.random.categorical(jax.random.fold_in(key, t), logits)
         return Behaviour(action, log_prob(logits, action), value)
 
-    def last(params, obs):
-        return {"last_value": act(params, obs, jax.random.key(0), 0).value[None]}  # compiled already
-
-    return act, last
+    return act, lambda params, obs, key: {"last_value": act(params, obs, key, 0).value[None]}  # compiled already
 
 
 # === §5 Actor [shared] ================================================================================================
@@ -314,7 +321,7 @@ def collect(envs, policy, params, key, num_steps: int, seconds, stopped=None) ->
             reward[t], terminated[t] = envs.step(behaviour[t].action)
     obs[num_steps], reset[num_steps] = envs.obs, envs.reset
     with timed(seconds, "inference_time"):
-        rest = jax.device_get(last(params, obs[num_steps]))
+        rest = jax.device_get(last(params, obs[num_steps], key))
     return Rollout(obs, reset, reward, terminated, jax.tree.map(lambda *rows: np.stack(rows), *behaviour), **rest)
 
 
@@ -402,8 +409,7 @@ class HandOff:
             if isinstance(delivery, BaseException):
                 raise RuntimeError(f"actor {actor_id} failed: {delivery!r}") from delivery
             deliveries.append(delivery)
-        versions = {delivery.version for delivery in deliveries}
-        if versions != {max(0, update - 1 - self.concurrency)}:
+        if (versions := {delivery.version for delivery in deliveries}) != {max(0, update - 1 - self.concurrency)}:
             raise RuntimeError(f"update {update} got rollouts of versions {sorted(versions)}")
         return deliveries
 
@@ -458,7 +464,6 @@ def ppo_loss(params, apply, minibatch: Minibatch, args: Args) -> tuple[jax.Array
     value_loss = mean(0.5 * jnp.square(value - minibatch.target))
     entropy = mean(-jnp.sum(jax.nn.softmax(logits) * jax.nn.log_softmax(logits), axis=1))
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
-
     error = minibatch.target - minibatch.behaviour.value
     metrics = {"loss": loss, "policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
     metrics |= {
@@ -489,20 +494,16 @@ def make_optimizer(args: Args, sizes: "Sizes") -> tuple[optax.GradientTransforma
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), adam), learning_rate
 
 
-def shuffled(args: Args, shard_envs: int) -> tuple[int, str]:
-    """What the minibatches of a shard are drawn from: how many, and of what."""
-    return args.num_steps * shard_envs, "rows (steps x environments)"
+# what the minibatches of a shard are drawn from: how many, and of what
+shuffled = lambda args, shard_envs: (args.num_steps * shard_envs, "rows (steps x environments)")
+# the rows `index` (numbered step by step) of [time, env, ...] arrays
+pick = lambda tree, index: jax.tree.map(lambda x: x[index // x.shape[1], index % x.shape[1]], tree)
 
 
-def shuffle(args: Args, key, shard, rows: int) -> jax.Array:
-    """Row numbers of a shard in the order of one epoch, i32[minibatches, pieces, M]."""
-    index = jax.random.permutation(jax.random.fold_in(key, shard), rows)
+def shuffle(args: Args, rows: int, key, *numbers) -> jax.Array:
+    """Row numbers in the order of an epoch, i32[minibatches, pieces, M]; numbers: those of epoch and shard."""
+    index = jax.random.permutation(reduce(jax.random.fold_in, numbers, key), rows)
     return index.reshape(args.num_minibatches, args.gradient_accumulation_steps, -1)
-
-
-def pick(tree: Any, index: jax.Array) -> Any:
-    """The rows `index` (numbered step by step) of [time, env, ...] arrays."""
-    return jax.tree.map(lambda x: x[index // x.shape[1], index % x.shape[1]], tree)
 
 
 def advantage_sums(estimate: Estimate, index, sums=None) -> Any:
@@ -532,12 +533,11 @@ def make_update(args: Args, network: nn.Module, devices: "Devices", sizes: "Size
     Epochs and minibatches are a Python loop: in `lax.scan` a convolution's gradient is ten times slower on a CPU. All
     arithmetic is in programs for one device and of fixed shape, so its bits do not depend on the topology.
     """
-    jit = lambda function, *first: jax.jit(partial(function, *first))
-    estimate = jit(lambda rollout: compute_gae(rollout, args.gamma, args.gae_lambda))
-    permute = jit(lambda key, shard: shuffle(args, key, shard, shuffled(args, sizes.shard_envs)[0]))
-    advantages, gradient = jit(advantage_sums), jit(shard_gradient, network, args)
-    accumulate = jit(lambda a, b: jax.tree.map(jnp.add, a, b))
-    step = jit(lambda state, grads: (state.apply_gradients(grads=grads), optax.tree.norm(grads)))
+    estimate = jax.jit(lambda rollout: compute_gae(rollout, args.gamma, args.gae_lambda))
+    permute = jax.jit(partial(shuffle, args, shuffled(args, sizes.shard_envs)[0]))
+    advantages, gradient = jax.jit(advantage_sums), jax.jit(partial(shard_gradient, network, args))
+    accumulate = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+    step = jax.jit(lambda state, grads: (state.apply_gradients(grads=grads), optax.tree.norm(grads)))
     total, pieces = make_total(devices), range(args.gradient_accumulation_steps)
 
     def minibatch_gradient(params, shard, minibatch):
@@ -545,10 +545,10 @@ def make_update(args: Args, network: nn.Module, devices: "Devices", sizes: "Size
 
     def update(states, rollouts, key):
         on = devices.of_shard  # on[i]: the place of the i-th shard's device among the local learner devices
+        keys = [jax.device_put(key, device) for device in devices.learners]
         estimates, metrics = [estimate(rollout) for rollout in rollouts], []
         for epoch in range(args.update_epochs):
-            keys = [jax.device_put(jax.random.fold_in(key, epoch), device) for device in devices.learners]
-            index = [permute(keys[d], devices.first_shard + i) for i, d in enumerate(on)]
+            index = [permute(keys[d], epoch, devices.first_shard + i) for i, d in enumerate(on)]
             sums = total([advantages(e, i) for e, i in zip(estimates, index, strict=True)])
             squares = total([advantages(e, i, sums[d]) for e, i, d in zip(estimates, index, on, strict=True)])
             shards = [(*shard, sums[d], squares[d]) for d, *shard in zip(on, rollouts, estimates, index, strict=True)]
@@ -567,16 +567,15 @@ def make_update(args: Args, network: nn.Module, devices: "Devices", sizes: "Size
 def train(args: Args, heard: Collection[int] = ()) -> dict[str, Any]:
     """A run, or this process's part of it, until a signal is `heard`; returns its summary.json. Raises FlagError."""
     sizes, devices, record = set_up(args)
-    with nullcontext() if global_state.process_id else Report(args, sizes, devices, record) as report:
+    with nullcontext() if global_state.process_id else Report(args, sizes, record) as report:
         actor_key, learner_key, params_key = jax.random.split(jax.random.key(args.seed), 3)
         network, (optimizer, learning_rate) = make_network(args), make_optimizer(args, sizes)
         quick = {"xla_backend_optimization_level": 0}  # runs once: the default would compile for seconds
         params = jax.jit(network.init, compiler_options=quick)(params_key, np.zeros((1, *env_spec(args)[0])))
         params = params if args.load_model is None else load_params(args, params)
-        state = TrainState.create(apply_fn=network.apply, params=params, tx=optimizer)
+        state = jax.jit(partial(TrainState.create, apply_fn=network.apply, tx=optimizer))(params=params)
         done, (state, previous) = restore(args, report.data if report else b"", (state, params))
         states = [jax.device_put(state, device) for device in devices.learners]
-        learner_key = jax.device_put(learner_key, devices.learners[0])
         learn, updates = make_update(args, network, devices, sizes), range(done + 1, sizes.updates + 1)
         patience, status = lambda: 4 if heard else args.actor_timeout, "finished"  # who asks for an end waits less
         handoff = HandOff(devices.actors, args.concurrency, patience)
@@ -623,8 +622,8 @@ def train(args: Args, heard: Collection[int] = ()) -> dict[str, Any]:
 # === §10 Flags, processes, devices [shared] ===========================================================================
 # what the flags amount to: actors of this process, T * B, environments of a shard, updates of the run
 Sizes = namedtuple("Sizes", "actors steps shard_envs updates")
-# where: {actor_id: device} and learner devices of this process, the mesh of all learner devices (each has an equal run
-# of shards), this process's first shard, and of each of its shards the place of its device among `learners`
+# where: {actor_id: device} and learner devices of this process, the mesh of all learner devices, this process's first
+# shard, and of each of its shards the place of its device among `learners`
 Devices = namedtuple("Devices", "actors learners mesh first_shard of_shard")
 num_cores = lambda: len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -735,8 +734,10 @@ def set_up(args: Args) -> tuple[Sizes, Devices, dict[str, Any]]:
     mesh = Mesh(np.array([by_id[i] for _, ids in everyone for i in ids]), ("learner",))
     owners = [i for i in range(len(learners)) for _ in range(args.num_shards // mesh.size)]
     actors = [local[i] for i in args.actor_device_ids for _ in range(args.num_actor_threads)]
-    acting = dict(enumerate(actors, rank * sizes.actors))
-    return sizes, Devices(acting, learners, mesh, rank * len(owners), owners), record
+    names = {"actors": [*map(str, dict.fromkeys(actors))], "learners": [*map(str, mesh.devices)]}
+    record |= {"processes": processes, "devices": names}
+    actors = dict(enumerate(actors, rank * sizes.actors))
+    return sizes, Devices(actors, learners, mesh, rank * len(owners), owners), record
 
 
 def tree_sum(parts: list, while_even: bool = False) -> list:
@@ -750,10 +751,9 @@ def tree_sum(parts: list, while_even: bool = False) -> list:
 def make_total(devices: Devices) -> Callable[[list], list]:
     """The sum over all shards: takes what each local shard adds (a tree), returns the sum on each local learner device.
 
-    One binary tree over the shard index, the same however many devices there are, and so are the bits. A device adds up
-    its own shards as far as the tree has them together. Of these vectors an all-to-all gives device d the d-th slices;
-    it finishes the tree on them, and an all-gather brings the slices of the sum back. So each of n devices sends
-    2 (n - 1) / n vectors, as in a ring all-reduce.
+    One binary tree over the shard index, the same for any number of devices, and so are the bits. A device adds up its
+    own shards as far as the tree has them together. Of these vectors an all-to-all gives device d the d-th slices, an
+    all-gather brings the finished sums back: each of n devices sends 2 (n - 1) / n vectors, as in a ring all-reduce.
     """
     alone = jax.jit(lambda *parts: tree_sum(list(parts))[0])
     if devices.mesh.size == 1:
@@ -815,8 +815,7 @@ VERSIONS |= {"python": sys.version.split()[0]}
 
 def params_sha256(params: Any) -> str:
     """SHA-256 over the bytes of the leaves in tree order: equal hashes mean equal bits."""
-    leaves = jax.tree.leaves(jax.device_get(params))
-    return hashlib.sha256(b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in leaves)).hexdigest()
+    return hashlib.sha256(b"".join(x.tobytes() for x in jax.tree.leaves(jax.device_get(params)))).hexdigest()
 
 
 def unpack(data: bytes) -> dict[str, Any]:
@@ -855,8 +854,8 @@ def claim_run(args: Args, record: dict[str, Any]) -> tuple[Path, Any, bytes]:
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     run, fresh = Path(name if args.resume is None else args.resume), args.resume is None or args.start_fresh
     run = Path("runs") / run if len(run.parts) == 1 else run
-    if find_checkpoints(run):
-        old = json.loads((run / "run.json").read_text())
+    if data := load_checkpoint(run):
+        old = json.loads(unpack(data)["record"])
         for name, before in old["around"].items():
             if (now := record["around"].get(name)) != before:
                 print(f"{name}: {now} now and {before} before, the bits may differ", flush=True)
@@ -864,7 +863,6 @@ def claim_run(args: Args, record: dict[str, Any]) -> tuple[Path, Any, bytes]:
         for name, before in flags(old).items():
             if (now := flags(record).get(name)) != before and name not in FREE_FLAGS:
                 raise FlagError(name, now, f"the run to resume has {before}", before)
-    data = load_checkpoint(run)
     require(data or fresh, args, "resume", f"no checkpoint in {run} can be read", f"{args.resume} --start-fresh")
     try:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -905,17 +903,16 @@ def load_params(args: Args, params: Any) -> Any:
 class Report(AbstractContextManager):
     """What process 0 keeps and shows of a run. It ends with summary.json, whatever is raised within it."""
 
-    def __init__(self, args: Args, sizes: Sizes, devices: Devices, record: dict[str, Any]):
+    def __init__(self, args: Args, sizes: Sizes, record: dict[str, Any]):
         """Claim the run and open its logs. Raises FlagError."""
-        self.args, self.sizes, self.devices = args, sizes, devices
+        self.args, self.sizes, self.record = args, sizes, record
         self.run, self.lock, self.data = claim_run(args, record)
         self.kept = dict(updates=0, episodes=0, scores=[], seconds=0.0, resumed_at=[], wandb_id=None)
         if self.data:
             self.kept = json.loads(unpack(self.data)["kept"])
             self.kept["resumed_at"].append(self.kept["updates"])
-        self.start, self.thread, self.games = time.perf_counter(), ThreadPoolExecutor(1), []
-        self.status = self.params = self.evaluation = self.wandb = self.writing = self.first = self.last = None
-        done, self.total = self.kept["updates"] * sizes.steps, sizes.updates * sizes.steps
+        self.start, self.thread, self.writing, self.games = time.perf_counter(), ThreadPoolExecutor(1), [], []
+        self.status = self.params = self.evaluation = self.wandb = self.first = self.last = None
         if args.track:
             import wandb
 
@@ -925,7 +922,8 @@ class Report(AbstractContextManager):
             self.kept["wandb_id"] = self.wandb.id
         self.writer = event_file_writer.EventFileWriter(str(self.run))
         # what a run wrote after the checkpoint that it is resumed from is written again: TensorBoard forgets the first
-        self.writer.add_event(Event(wall_time=time.time(), step=done + 1, session_log={"status": SessionLog.START}))
+        step = self.kept["updates"] * sizes.steps + 1
+        self.writer.add_event(Event(wall_time=time.time(), step=step, session_log={"status": SessionLog.START}))
         (self.run / "run.json").write_text(json.dumps(record, indent=2))
 
     def write(self, step: int, scalars: dict[str, Any]) -> None:
@@ -937,14 +935,13 @@ class Report(AbstractContextManager):
         self.finish()
         self.writer.flush()
         kept = json.dumps(self.kept | {"seconds": self.kept["seconds"] + time.perf_counter() - self.start})
-        content = {"update": update, "kept": kept, "state": tree}
-        self.writing = self.thread.submit(write_file, self.run / "checkpoints" / f"{update}.msgpack", content)
+        content = {"update": update, "record": json.dumps(self.record), "kept": kept, "state": tree}
+        self.writing += [self.thread.submit(write_file, self.run / "checkpoints" / f"{update}.msgpack", content)]
 
     def finish(self) -> None:
         """Wait until the checkpoint is written; then older ones may go. Raises OSError if it could not be."""
-        if self.writing:
-            writing, self.writing = self.writing, None
-            writing.result()
+        while self.writing:
+            self.writing.pop().result()
             for old in find_checkpoints(self.run)[: -self.args.keep_checkpoints]:
                 old.unlink()
 
@@ -956,10 +953,10 @@ class Report(AbstractContextManager):
         kept["scores"], self.games = [*kept["scores"], *(score for score, _ in games)][-100:], self.games + games
         for _, spent in actors:
             times.update({name: seconds / len(actors) for name, seconds in spent.items()})
-        step, total, log_frequency = kept["updates"] * self.sizes.steps, self.total, self.args.log_frequency
+        step, total = (number * self.sizes.steps for number in (kept["updates"], self.sizes.updates))
         sps, recent = step / (kept["seconds"] + now - self.start), self.sizes.steps / (now - (self.last or self.start))
-        due, live = due or not self.first or kept["updates"] % log_frequency == 0, os.isatty(1) and step < total
-        self.first, self.last = self.first or (now, step), now
+        due = due or not self.first or kept["updates"] % self.args.log_frequency == 0
+        self.first, self.last, live = self.first or (now, step), now, os.isatty(1) and step < total
         if due:
             charts = {"SPS": sps, "SPS_update": recent, "learning_rate": rate}
             if self.games:
@@ -996,22 +993,18 @@ class Report(AbstractContextManager):
         """Flush everything, write summary.json and print its gist and, if not finished, how to go on."""
         if kind is FlagError:  # which leaves the run that was to be resumed as it was
             return self.lock.close()
-        if kind is not None:
-            self.status = {KeyboardInterrupt: "interrupted", SystemExit: "preempted"}.get(kind, "failed")
+        self.status = {None: self.status, KeyboardInterrupt: "interrupted", SystemExit: "preempted"}.get(kind, "failed")
         with suppress(Exception):  # whatever a checkpoint failed of, the summary is written
             self.finish()
-        kept, end, mesh = self.kept, time.perf_counter(), self.devices.mesh
+        kept, end = self.kept, time.perf_counter()
         steps, seconds, scores = kept["updates"] * self.sizes.steps, kept["seconds"] + end - self.start, kept["scores"]
         first, at = self.first or (end, steps)
-        devices = {"actors": dict.fromkeys(self.devices.actors.values()), "learners": mesh.devices}
-        self.summary = {"run_name": self.run.name, "status": self.status, "args": asdict(self.args), **kept}
-        self.summary |= {"devices": {part: list(map(str, own)) for part, own in devices.items()}, "versions": VERSIONS}
-        self.summary |= {"processes": mesh.size // len(self.devices.learners), "evaluation": self.evaluation}
+        self.summary = {"run_name": self.run.name, "status": self.status, "versions": VERSIONS} | self.record | kept
         self.summary |= {"global_step": steps, "seconds": seconds, "sps": steps / seconds}
         self.summary["sps_steady"] = (steps - at) / (end - first) if steps > at else None
         mean, std = (float(f(scores)) if scores else None for f in (np.mean, np.std))
         sha256 = None if self.params is None else params_sha256(self.params)
-        self.summary |= {"mean_score": mean, "std_score": std, "params_sha256": sha256}
+        self.summary |= {"mean_score": mean, "std_score": std, "evaluation": self.evaluation, "params_sha256": sha256}
         try:
             (self.run / "summary.json").write_text(json.dumps(self.summary, indent=2))
             self.writer.close()
@@ -1021,8 +1014,7 @@ class Report(AbstractContextManager):
             self.wandb.finish(exit_code=int(self.status != "finished"))
         games = f"{kept['episodes']} games" + (f", mean score {mean:.2f}" if scores else "")
         pace = f"{steps} steps in {seconds:.0f} s, {steps / seconds:.0f} steps/s"
-        newest, hint = find_checkpoints(self.run)[-1:], "; --checkpoint-frequency 100 would make one every 100 updates"
-        how = f"it has no checkpoint{hint * (not self.args.checkpoint_frequency)}"
+        newest, how = find_checkpoints(self.run)[-1:], "it has no checkpoint; --checkpoint-frequency 100 makes more"
         how = f"go on from update {newest[0].stem} with --resume {self.run}" if newest else how
         with suppress(OSError):  # where nobody reads it, or the disk is full
             print(f"{self.status}: {pace}, {games}; {self.run}/summary.json")
@@ -1058,20 +1050,30 @@ def load_model(path: Path) -> tuple[Args, nn.Module, Any]:
     return args, make_network(args), content["params"]
 
 
+def parse_args() -> Args:
+    """The command line. A comment that has a line of `Args` to itself heads a box of --help."""
+    boxes, hints = [], get_type_hints(Args, include_extras=True)
+    for box in re.split(r"^    # ", inspect.getsource(Args), flags=re.M)[1:]:
+        title, told = box.split("\n", 1)[0], re.findall(r"^    (\w+):[^#\n]*(?:# (.+))?$", box, re.M)
+        fields = [(name, Annotated[hints[name], tyro.conf.arg(help=text)], getattr(Args, name)) for name, text in told]
+        boxes.append((title, make_dataclass(title, fields)))
+    flags = tyro.cli(tyro.conf.OmitArgPrefixes[make_dataclass("Flags", boxes)], description=__doc__)
+    return Args(**{name: value for box in vars(flags).values() for name, value in vars(box).items()})
+
+
 def main() -> None:
-    args, heard = tyro.cli(Args, description=__doc__), set()
+    args, heard = parse_args(), Counter()
     if not jax.config.jax_compilation_cache_dir:  # JAX_ENABLE_COMPILATION_CACHE=0 turns it off
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/cleanba"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if jax.config.jax_num_cpu_devices < 0:  # a CPU is as many devices as are asked for
         jax.config.update("jax_num_cpu_devices", 1 + max(args.actor_device_ids + args.learner_device_ids, default=0))
     # read when the backend starts, that is by the first JAX call; a flag of the user's comes later and wins
     os.environ["XLA_FLAGS"] = f"--xla_gpu_deterministic_ops=true {os.environ.get('XLA_FLAGS', '')}".strip()
 
     def on_signal(number, frame):
-        again = number in heard
-        heard.add(number)
-        if number == signal.SIGTERM and not again:
+        heard[number] += 1
+        if number == signal.SIGTERM and heard[number] == 1:
             return os.write(2, b"SIGTERM: the run ends after this update, at a second one at once\n")
         if number == signal.SIGINT:
             raise KeyboardInterrupt

@@ -69,12 +69,12 @@ def make_parts(script, args, sizes, devices) -> dict[str, Callable]:
     play = lambda i: script.collect(envs[i], policy, *inputs[i], args.num_steps, script.Counter())
     step = lambda i: [envs[i].step(action) for action in played[i].behaviour.action]
     rows = lambda i: (act(inputs[i][0], obs, inputs[i][1], t) for t, obs in enumerate(played[i].obs[:-1]))
-    forward = lambda i: [*map(jax.device_get, rows(i)), jax.device_get(last(inputs[i][0], played[i].obs[-1]))]
+    forward = lambda i: [*map(jax.device_get, rows(i)), jax.device_get(last(inputs[i][0], played[i].obs[-1], key))]
     send = lambda i: jax.block_until_ready(script.ship(played[i], i * n, sizes.shard_envs, devices))
     played = [play(i) for i in devices.actors]
     rollouts = script.assemble(deliveries := [script.Delivery(0, send(i), [], {}) for i in devices.actors])
     update, total, on = script.make_update(args, network, devices, sizes), script.make_total(devices), devices.of_shard
-    index = [script.shuffle(args, keys[d], i, script.shuffled(args, sizes.shard_envs)[0]) for i, d in enumerate(on)]
+    index = [script.shuffle(args, script.shuffled(args, sizes.shard_envs)[0], keys[d], i) for i, d in enumerate(on)]
     shards = list(zip(rollouts, index, range(len(on)), strict=True))  # what `shard_gradient` takes of each
     if hasattr(script, "compute_gae"):  # PPO
         estimates = [script.compute_gae(rollout, args.gamma, args.gae_lambda) for rollout in rollouts]

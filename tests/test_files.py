@@ -240,7 +240,7 @@ def stopped_run(script, played, tmp_path):
 def resume(script, args, tree) -> int:
     """What `train` does until it plays; the update from which it goes on."""
     sizes, devices, record = script.set_up(args)
-    report = script.Report(args, sizes, devices, record)
+    report = script.Report(args, sizes, record)
     try:
         update, (state, previous) = script.restore(args, report.data, tree)
         assert form((state.params, previous)) == form((tree[0].params, tree[1]))

@@ -88,6 +88,7 @@ def test_many_processes_need_shards_for_all(script):
     assert script.check_args(script.Args(num_shards=12), 3).steps == 3 * script.check_args(script.Args()).steps
 
 
+@conftest.one_fast
 def test_a_bad_flag_is_quick(script, launcher):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = launcher.start(script, "--num-shards", "7")
@@ -106,15 +107,34 @@ def test_track_without_wandb(script, monkeypatch):
         script.check_args(script.Args(track=True))
 
 
-def test_every_flag_is_explained(script, capsys):
+BOXES = ["experiment", "environment", "algorithm", "network", "devices", "checkpoints", "processes"]
+
+
+def test_every_flag_is_explained(script, monkeypatch, capsys):
+    """In boxes of at most one screen, in the order of `Args`, each with its default."""
+    monkeypatch.setattr(sys, "argv", ["script", "--help"])
     with pytest.raises(SystemExit):
-        tyro.cli(script.Args, args=["--help"])
-    text = capsys.readouterr().out
-    for name in script.Args.__dataclass_fields__:
-        flag = "--" + name.replace("_", "-")
-        assert flag in text
-        after = text.split(flag, 1)[1].split("(default:")[0]
-        assert len(after.split()) > 3, f"{flag} is not explained"
+        script.parse_args()
+    # with a frame on a terminal, without one here
+    _, *parts = re.split(r"^\W*(\w+) options\b.*\n", capsys.readouterr().out, flags=re.MULTILINE)
+    assert parts[::2] == BOXES
+    shown = []
+    for box in parts[1::2]:
+        assert len(box.splitlines()) <= 40
+        flags = re.findall(r"^\W*--(\S+?),? (.*?)\(default:\s", box, re.DOTALL | re.MULTILINE)
+        shown += [flag.replace("-", "_") for flag, _ in flags]
+        assert [flag for flag, told in flags if len(told.split()) < 3] == []
+    assert shown == list(script.Args.__dataclass_fields__)
+
+
+def test_the_command_line_is_args(script, monkeypatch):
+    """All flags have their defaults in `Args`, and what is typed arrives."""
+    monkeypatch.setattr(sys, "argv", ["script"])
+    assert script.parse_args() == script.Args()
+    line = "--env-id Pong-v5 --channels 4 8 --no-anneal-lr --resume it --compute-dtype bfloat16 --learning-rate 1e-3"
+    monkeypatch.setattr(sys, "argv", ["script", *line.split()])
+    flags = dict(env_id="Pong-v5", channels=(4, 8), anneal_lr=False, resume="it", compute_dtype="bfloat16")
+    assert script.parse_args() == script.Args(**flags, learning_rate=1e-3)
 
 
 def test_flags_of_the_readme_are_valid(script):
