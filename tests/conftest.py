@@ -12,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # Four devices on any machine; the size of XLA's thread pool must not depend on the number of cores. Each program is
-# compiled once for the whole suite and the processes that it starts.
+# compiled once for the whole suite: its workers and the processes that they start.
+os.environ.setdefault("CLEANBA_TEST_CACHE", tempfile.mkdtemp(prefix="cleanba-xla-"))
 os.environ |= {
     "NPROC": "4",
     "JAX_NUM_CPU_DEVICES": "4",
     "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": os.environ.get("CLEANBA_TEST_CACHE") or tempfile.mkdtemp(prefix="cleanba-xla-"),
+    "JAX_COMPILATION_CACHE_DIR": os.environ["CLEANBA_TEST_CACHE"],
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 
@@ -26,7 +27,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("cleanba_*.py"))
-SMALL = ["--img-size", "42", "--channels", "4", "8", "8", "--local-num-envs", "8", "--num-steps", "16"]
+SMALL = ["--img-size", "24", "--channels", "4", "8", "--local-num-envs", "8", "--num-steps", "16"]
 sys.path.append(str(ROOT / "benchmark"))  # where its tools import one another
 
 
@@ -39,9 +40,15 @@ def load(name: str):
     return sys.modules[name]
 
 
-# for tests that start processes, or of what is the same bytes in all scripts: by default one script is enough
-ONE_FAST = [name if i == 0 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(SCRIPTS)]
-one_fast = pytest.mark.parametrize("script", ONE_FAST, indirect=True)
+def fast_on(*fast: str):
+    """A mark for long tests: of the scripts whose name ends so by default, of the others in the slow suite."""
+    names = [name if name.endswith(fast) else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS]
+    return pytest.mark.parametrize("script", names, indirect=True)
+
+
+one_fast = fast_on("impala_envpool")  # for what is the same bytes in all
+ppo_fast, wrapper_fast = fast_on("ppo_envpool"), fast_on("atari_wrapper")  # where theirs is the harder part
+algorithms_fast = fast_on("impala_envpool", "ppo_envpool")
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -49,11 +56,9 @@ def script(request):
     return load(request.param)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compiled_programs():
-    os.environ["CLEANBA_TEST_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"]  # for tests that start Python
-    yield
-    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):  # the workers have ended
+        shutil.rmtree(os.environ["CLEANBA_TEST_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -89,6 +89,7 @@ def test_errors(monkeypatch, capsys):
         assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_real_runs(monkeypatch, capsys):
     """Another log frequency and a resume change nothing."""
     script = conftest.load("cleanba_ppo_envpool")

@@ -154,6 +154,7 @@ def same_bits(train, load, monkeypatch, name):
     assert train(name, **SPLIT)["params_sha256"] == whole["params_sha256"]
 
 
+@pytest.mark.slow
 def test_the_lstm_has_the_same_bits_anywhere(train, load, monkeypatch):
     same_bits(train, load, monkeypatch, "impala_lstm")
 

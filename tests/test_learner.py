@@ -2,6 +2,7 @@
 
 import re
 
+import conftest
 import flax.linen as nn
 import jax
 import numpy as np
@@ -59,6 +60,7 @@ def update(script, rollout, devices=(0,), count=1, **flags):
     return script.params_sha256(params), params, script.summarise(jax.device_get(metrics))
 
 
+@conftest.ppo_fast
 def test_devices_change_no_bit(script):
     results = [update(script, noise(script), devices, 2) for devices in [(0,), (1, 3), (0, 1, 2, 3)]]
     assert len({digest for digest, _, _ in results}) == 1
@@ -66,6 +68,7 @@ def test_devices_change_no_bit(script):
     assert all(np.isfinite(value) for value in results[0][2].values())
 
 
+@pytest.mark.slow
 def test_an_odd_number_of_shards_changes_no_bit(script):
     """12 shards on 1 and 3 devices: the tree is not cut at one level everywhere."""
     flags = {"num_shards": 12, "local_num_envs": 6, "num_minibatches": 1}
@@ -73,11 +76,13 @@ def test_an_odd_number_of_shards_changes_no_bit(script):
     assert len({digest for digest, _, _ in results}) == 1
 
 
+@conftest.algorithms_fast
 def test_other_data_other_bits(script):
     first, second = (update(script, noise(script, seed))[0] for seed in (0, 1))
     assert first != second
 
 
+@conftest.algorithms_fast
 def test_what_a_reset_row_says_changes_no_bit(script):
     """Its reward, and its value where no time limit is bootstrapped from it, may be anything."""
     rollout = noise(script)
@@ -94,6 +99,7 @@ def test_what_a_reset_row_says_changes_no_bit(script):
     assert update(script, rollout)[0] != update(script, live)[0]
 
 
+@conftest.algorithms_fast
 def test_a_reset_rows_observation_and_action_teach_nothing(script):
     """Other pixels and actions in the reset rows that follow a termination leave the loss as it is."""
     rollout = noise(script)
@@ -104,6 +110,7 @@ def test_a_reset_rows_observation_and_action_teach_nothing(script):
     assert update(script, rollout)[0] == update(script, changed)[0]
 
 
+@conftest.ppo_fast
 @pytest.mark.parametrize("flags", [{"num_shards": 1}, {"num_shards": 16}, {"gradient_accumulation_steps": 2}])
 def test_pieces_change_rounding_only(script, flags):
     """One shard or many, one piece or two: one minibatch over everything is the same sum, added up in another order."""
@@ -153,6 +160,7 @@ def gradient_program(script, **flags):
     return params, jax.make_jaxpr(gradient)(params, *shard, (0, 0)), jax.eval_shape(gradient, params, *shard, (0, 0))
 
 
+@conftest.algorithms_fast
 def test_a_gradient_has_no_scatter_and_no_loop(script):
     """A GPU would sort for the one, and launch the kernels of the other step by step."""
     _, program, _ = gradient_program(script)
@@ -161,6 +169,7 @@ def test_a_gradient_has_no_scatter_and_no_loop(script):
     assert not [word for word in ("scatter", "scan[", "while[") if word in text]
 
 
+@conftest.algorithms_fast
 def test_bfloat16(script):
     """Convolutions and hidden layers are computed in 16 bits; parameters, heads, losses and gradients have 32."""
     for dtype in ("float32", "bfloat16"):

@@ -20,15 +20,11 @@ def play(script, monkeypatch, **flags):
     return script.train(script.Args(**FLAGS | ablations.TUNED[ppo] | TUNED[ppo] | flags))["mean_score"]
 
 
-# the third script differs from the first in what this game has not: the Atari protocol
-THIRD = pytest.param("cleanba_ppo_envpool_impala_atari_wrapper", marks=pytest.mark.slow)
-BOTH_ALGORITHMS = pytest.mark.parametrize("script", [*conftest.SCRIPTS[:2], THIRD], indirect=True)
-
-
+@conftest.algorithms_fast
 def test_it_learns(script, monkeypatch):
-    start = time.monotonic()
+    start = time.process_time()  # of the processor: another program may keep it busy
     assert play(script, monkeypatch) >= 0.9
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 30
 
 
 @pytest.mark.slow
@@ -37,7 +33,7 @@ def test_it_learns_with_any_seed(script, monkeypatch, seed):
     assert play(script, monkeypatch, seed=seed) >= 0.9
 
 
-@BOTH_ALGORITHMS
+@pytest.mark.slow
 def test_it_does_not_learn_from_the_reward_before(script, monkeypatch):
     """Each action paired with the reward that arrived before it, while episodes end where they did."""
     step = script.Envs.step
@@ -51,7 +47,7 @@ def test_it_does_not_learn_from_the_reward_before(script, monkeypatch):
     assert play(script, monkeypatch) < 0.5
 
 
-@BOTH_ALGORITHMS
+@pytest.mark.slow
 def test_it_does_not_learn_with_the_sign_flipped(script, monkeypatch):
     """Good actions become less likely: the loss has its policy term, and only that, the other way round."""
     name = "ppo_loss" if hasattr(script, "ppo_loss") else "impala_loss"

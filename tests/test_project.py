@@ -28,6 +28,7 @@ def test_python_versions_agree(script):
     assert header(script)["requires-python"] == PYPROJECT["project"]["requires-python"]
 
 
+@conftest.one_fast
 def test_importing_a_script_starts_nothing(script):
     code = (
         f"import sys; sys.path.insert(0, {str(conftest.ROOT / 'tests')!r}); import conftest, threading, os\n"

@@ -1,5 +1,6 @@
 """The Atari protocol of each script on real games."""
 
+import conftest
 import numpy as np
 import pytest
 
@@ -83,7 +84,8 @@ def test_scores_are_sums_over_whole_games(played):
     assert sorted(envs.games) == sorted(expected)
 
 
-@pytest.mark.parametrize("game", ["RoadRunner-v5", "Atlantis-v5"])
+@conftest.wrapper_fast
+@pytest.mark.parametrize("game", ["RoadRunner-v5", pytest.param("Atlantis-v5", marks=pytest.mark.slow)])
 def test_games_that_end_among_the_no_ops_of_a_reset(script, game):
     """Under IMPALA's protocol EnvPool starts such a game again without a word; here it is counted, with its own score.
 

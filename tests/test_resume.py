@@ -56,6 +56,7 @@ def whole():
     return cache(lambda script, **flags: script.train(script.Args(**TINY | flags))["params_sha256"])
 
 
+@conftest.one_fast
 @pytest.mark.parametrize("default", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_resumed_run_has_the_same_bits(script, monkeypatch, default):
     """Cut between checkpoints, then moved to two other devices.
@@ -70,6 +71,7 @@ def test_a_resumed_run_has_the_same_bits(script, monkeypatch, default):
     assert (whole["resumed_at"], resumed["resumed_at"]) == ([], [2])
 
 
+@conftest.one_fast
 def test_a_resumed_run_has_the_same_scores_log_and_seeds(script, monkeypatch, counting_pool):
     seeds = []
     monkeypatch.setattr(script, "make_env", lambda args, own, threads: (seeds.append(own), counting_pool(4))[1])
@@ -91,6 +93,7 @@ def test_a_resumed_run_has_the_same_scores_log_and_seeds(script, monkeypatch, co
     assert [event.step for event in logs[1].Scalars("charts/SPS")] == [32, 64, 96, 128]  # none twice
 
 
+@conftest.one_fast
 def test_a_finished_run_can_be_resumed(script):
     """It plays nothing, and can still write its model; SIGTERM ends the games that --save-model plays."""
     finished = script.train(script.Args(**TINY | dict(checkpoint_frequency=0, total_timesteps=64)))
@@ -105,6 +108,7 @@ def test_a_finished_run_can_be_resumed(script):
     assert script.params_sha256(params) == finished["params_sha256"]
 
 
+@conftest.one_fast
 def test_what_may_change_on_resume(script, monkeypatch, capsys):
     """What changes the bits is an error, what might is told, and what cannot is not."""
     train_until(script, monkeypatch, 3)
@@ -134,9 +138,11 @@ def test_what_may_change_on_resume(script, monkeypatch, capsys):
     with pytest.raises(script.FlagError, match="--resume it: another process has this run"):
         resume(script)
     lock.close()
-    record = json.loads(Path("runs/it/run.json").read_text())
+    newest = script.find_checkpoints(Path("runs/it"))[-1]
+    content = script.unpack(newest.read_bytes())
+    record = json.loads(content["record"])
     record["args"]["momentum"] = 0.9
-    Path("runs/it/run.json").write_text(json.dumps(record))
+    script.write_file(newest, content | {"record": json.dumps(record)})
     with pytest.raises(script.FlagError, match=r"^momentum None: the run to resume has 0\.9\."):
         resume(script)
 
@@ -150,6 +156,17 @@ def resume_with_another_network(script, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(script, "ActorCritic", Wider)
         resume(script, start_fresh=True)
+
+
+@conftest.one_fast
+def test_a_run_json_that_a_full_disk_left_empty(script, monkeypatch, whole):
+    """All that a resumed run needs is in the checkpoint."""
+    train_until(script, monkeypatch, 3)
+    Path("runs/it/run.json").write_text("")
+    with pytest.raises(script.FlagError, match=r"--gamma 0\.9: the run to resume has 0\.99"):
+        resume(script, gamma=0.9)
+    assert resume(script)["params_sha256"] == whole(script)
+    assert json.loads(Path("runs/it/run.json").read_text())["args"]["resume"] == "it"
 
 
 def test_a_run_without_a_checkpoint(script):
@@ -172,7 +189,9 @@ def test_a_directory_that_cannot_be_written(script):
         script.train(script.Args(**TINY))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", *(pytest.param(x, marks=pytest.mark.slow) for x in ("flipped", "emptied"))]
+)
 @conftest.one_fast
 def test_a_damaged_checkpoint(script, whole, monkeypatch, capfd, damage):
     """The one before is taken, and the damaged one written again."""
@@ -277,7 +296,7 @@ script.train(script.Args(**{flags!r}))
 """
 
 
-@conftest.one_fast
+@pytest.mark.slow
 def test_kill_9_while_a_checkpoint_is_written(script, whole, tmp_path):
     flags = TINY | LONGER | dict(resume="it", start_fresh=True)
     code = KILLED_WRITING.format(tests=str(conftest.ROOT / "tests"), name=script.__name__, flags=flags)
@@ -341,6 +360,7 @@ def test_sigterm_ends_after_the_update(script, launcher, uninterrupted):
     assert summary["params_sha256"] == uninterrupted(script, "--no-concurrency")
 
 
+@conftest.one_fast
 def test_a_model_leaves_the_run(script, capsys):
     """Its file alone gives back the flags, the bits and the very games that the summary and the log tell of."""
     flags = TINY | dict(env_id="Asterix-v5", total_timesteps=64, save_model=True, eval_episodes=3)
@@ -356,6 +376,7 @@ def test_a_model_leaves_the_run(script, capsys):
     assert event.value == pytest.approx(np.mean(scores), rel=1e-6) == pytest.approx(summary["evaluation"]["mean"])
 
 
+@conftest.one_fast
 def test_evaluation_counts_the_first_game_of_every_environment(script, monkeypatch, counting_pool):
     """Environment i plays games of 3 + i steps: the quick ones play several, and count once."""
     pool = counting_pool(4)

@@ -26,6 +26,7 @@ def hashes(summaries):
     return [summary["params_sha256"] for summary in summaries]
 
 
+@conftest.one_fast
 def test_same_flags_same_bits_anywhere(script, launcher):
     """In another process, on other devices; in the script's own mode, both modes being in the slow suite."""
     summary, split = launcher.run_all(script, SHORT, [*SHORT, *SPLIT])
@@ -37,6 +38,7 @@ def test_same_flags_same_bits_anywhere(script, launcher):
     assert len(split["devices"]["actors"]) == len(split["devices"]["learners"]) == 2
 
 
+@conftest.one_fast
 def test_the_seed_is_all_that_chance_depends_on(script):
     """A rerun and another seed, in this process on a real game."""
     flags = dict(img_size=16, channels=(4,), local_num_envs=4, num_actor_threads=2, num_steps=8, num_minibatches=1)
@@ -61,6 +63,7 @@ def test_a_program_compiled_again_has_the_same_bits(script, launcher):
     assert fresh["params_sha256"] == launcher.run(script, *SYNC)["params_sha256"]
 
 
+@conftest.ppo_fast
 def test_what_a_run_writes(script, capsys):
     """In this process: every metric of the README's table and plain lines of progress."""
     args = script.Args(
@@ -97,6 +100,7 @@ def test_what_a_run_writes(script, capsys):
     assert value("stats/inference_time")[-1] + value("stats/env_time")[-1] <= total * 1.01
 
 
+@conftest.wrapper_fast
 def test_scores_are_the_games_own(script, monkeypatch):
     """mean_score of the summary is the sum of unclipped rewards over whole games, seen at the pool itself."""
     scores, make_env = [], script.make_env
@@ -198,6 +202,7 @@ def test_an_actor_that_dies_ends_the_run(script, launcher, tmp_path):
     assert time.monotonic() - start < 60
 
 
+@conftest.one_fast
 def test_nothing_is_left_when_an_actor_dies(script, monkeypatch, counting_pool):
     """In this process: the error comes within seconds, and no actor survives it."""
     failed_at = []
@@ -224,6 +229,7 @@ def test_nothing_is_left_when_an_actor_dies(script, monkeypatch, counting_pool):
 TINY = dict(img_size=16, channels=(4,), local_num_envs=4, num_actor_threads=1, num_steps=8, num_minibatches=1)
 
 
+@conftest.one_fast
 @pytest.mark.parametrize("how", ["timeout", "SIGTERM", "Ctrl-C"])
 def test_environments_that_hang(script, monkeypatch, counting_pool, how):
     """The run ends within seconds, names actor and step, and leaves a summary; compiling takes no part of the time."""
@@ -257,6 +263,7 @@ def test_environments_that_hang(script, monkeypatch, counting_pool, how):
     assert summary["updates"] == 0
 
 
+@conftest.one_fast
 def test_phases_and_whole_updates_are_told(script, capsys):
     """Making environments and compiling take seconds each; 100 steps are three updates of 32."""
     script.train(script.Args(**TINY, total_timesteps=100))
@@ -266,6 +273,7 @@ def test_phases_and_whole_updates_are_told(script, capsys):
     assert "32/96 steps" in first
 
 
+@conftest.one_fast
 def test_hashes_of_a_run(script):
     """Every log has one; the last is the run's."""
     summary = script.train(script.Args(**TINY, total_timesteps=5 * 32, log_frequency=2))
@@ -275,6 +283,7 @@ def test_hashes_of_a_run(script):
     assert lines[-1][1] == summary["params_sha256"]
 
 
+@conftest.one_fast
 def test_load_model(script):
     """A run that starts with another's parameters, and moves them by nothing, ends with the same hash."""
     tiny = TINY | dict(total_timesteps=64, env_id="Pong-v5", start_fresh=True)
@@ -300,6 +309,7 @@ def sealed(content):
     return hashlib.sha256(data).digest() + data
 
 
+@conftest.one_fast
 def test_nan_ends_the_run(script):
     """At the next log, with its name; no checkpoint is made of it, and the last one before is kept."""
     flags = TINY | dict(checkpoint_frequency=1, total_timesteps=10**6, resume="it", start_fresh=True, anneal_lr=False)
@@ -311,6 +321,7 @@ def test_nan_ends_the_run(script):
     assert whole == list(range(1, summary["updates"]))[-2:]
 
 
+@conftest.one_fast
 def test_whatever_fails_leaves_a_summary(script, monkeypatch):
     """From the moment the run's directory exists, here while the network is built."""
 
@@ -325,6 +336,7 @@ def test_whatever_fails_leaves_a_summary(script, monkeypatch):
     assert (summary["status"], summary["updates"], summary["params_sha256"]) == ("failed", 0, None)
 
 
+@conftest.one_fast
 def test_a_lost_ctrl_c_ends_the_run_after_the_update(script, monkeypatch):
     """An exception that a signal raises inside a callback of the garbage collector is lost; the signal is not."""
     update, heard = script.Report.update, set()
@@ -338,7 +350,7 @@ def test_a_lost_ctrl_c_ends_the_run_after_the_update(script, monkeypatch):
     assert (summary["status"], summary["updates"]) == ("interrupted", 1)
 
 
-@conftest.one_fast
+@pytest.mark.slow
 def test_a_second_sigterm_ends_at_once(script, launcher, tmp_path):
     """In the middle of a rollout of minutes, with a summary."""
     flags = [*conftest.SMALL, "--num-steps", "65536", "--total-timesteps", "10000000"]
@@ -357,6 +369,7 @@ def test_a_second_sigterm_ends_at_once(script, launcher, tmp_path):
     assert json.loads(path.read_text())["status"] == "preempted"
 
 
+@conftest.one_fast
 def test_track_syncs_to_wandb(script, monkeypatch):
     """wandb is told name and flags before the log is opened, and how the run ended; a resumed run is the same one."""
     calls = []

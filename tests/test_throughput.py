@@ -84,6 +84,7 @@ def test_limit(where, changed, seconds, what):
     assert what in reason
 
 
+@conftest.ppo_fast
 def test_parts_are_those_of_an_update(script, monkeypatch):
     """Of one minibatch the sum of the gradients and a step of the optimizer are all that there is to learn."""
     monkeypatch.setattr(script, "ActorCritic", Network)
@@ -107,6 +108,7 @@ def test_parts_are_those_of_an_update(script, monkeypatch):
     assert [rollout.reward.shape for rollout in parts["playing"]()] == [(8, 8)] * 2
 
 
+@conftest.one_fast
 def test_parts_and_run(script, monkeypatch, capsys, tmp_path):
     """Slow environments are seen as such, by the run too, and two actors wait for theirs at the same time."""
     slow_down(script, monkeypatch)
@@ -142,6 +144,7 @@ def test_parts_and_run(script, monkeypatch, capsys, tmp_path):
     assert script.HandOff is handoff
 
 
+@pytest.mark.slow
 def test_trace_and_memory(script, monkeypatch, capsys, tmp_path):
     """--no-parts prints nothing but knows the memory; the profile is of a run that it does not measure."""
     slow_down(script, monkeypatch)
@@ -165,6 +168,7 @@ def test_a_wrong_flag_is_named(script, monkeypatch):
     assert said.startswith("error: --num-processes 2: one process is measured here, and benchmark/collectives.py")
 
 
+@pytest.mark.slow
 def test_a_failing_actor_ends_the_tool(monkeypatch):
     """Also in the seventh rollout, while the run is held, and nobody but the tool waits for the actors."""
     script, steps, rounds = conftest.load("cleanba_impala_envpool"), Counter(), []
@@ -208,6 +212,7 @@ class Inline:
         return future
 
 
+@conftest.one_fast
 def test_scaling(script, monkeypatch, capsys, tmp_path):
     """One process for each point; one that fails is shown and reported."""
     path, points = tmp_path / "figures.json", []
