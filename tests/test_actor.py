@@ -57,6 +57,15 @@ def test_rows_line_up(script, counting_pool):
     assert pool.log == list(zip(t[:-1, 0], action[:, 0], strict=True))
 
 
+def test_one_program_plays(script, counting_pool):
+    """Also for the value of the last observation; an actor's parameters and key lie on its own device."""
+    envs, (act, last) = script.Envs(counting_pool(num_envs=5)), counting_policy(script)
+    params, key = jax.device_put(({"unused": np.zeros(3, np.float32)}, jax.random.key(0)), jax.devices()[1])
+    for _ in range(2):
+        script.collect(envs, (act, last), params, key, 4, defaultdict(float))
+    assert act._cache_size() == 1
+
+
 def test_games_count_each_step_once(script, counting_pool):
     envs, _ = rollouts(script, counting_pool(num_envs=3), 2, num_steps=20)
     # environment i plays 3 + i steps with rewards 0, 1, ..., 2 + i (times 10 in the game's own points), then resets

@@ -30,14 +30,16 @@ def test_python_versions_agree(script):
 
 @conftest.one_fast
 def test_importing_a_script_starts_nothing(script):
+    """No thread, no file, no backend, and not Matplotlib, which EnvPool's other games would load."""
     code = (
         f"import sys; sys.path.insert(0, {str(conftest.ROOT / 'tests')!r}); import conftest, threading, os\n"
         f"conftest.load({script.__name__!r})\n"
         "from jax._src import xla_bridge\n"
-        "print(xla_bridge.backends_are_initialized(), threading.active_count(), os.listdir('.'))"
+        "print(xla_bridge.backends_are_initialized(), threading.active_count(), os.listdir('.'))\n"
+        "print('matplotlib' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert result.stdout.strip() == "False 1 []", result.stderr
+    assert result.stdout.strip() == "False 1 []\nFalse", result.stderr
 
 
 def test_ci_runs_the_readme_s_test_command():
