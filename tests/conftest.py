@@ -13,7 +13,7 @@ from pathlib import Path
 
 # Four devices on any machine; the size of XLA's thread pool must not depend on the number of cores. Each program is
 # compiled once for the whole suite: its workers and the processes that they start.
-os.environ.setdefault("CLEANBA_TEST_CACHE", tempfile.mkdtemp(prefix="cleanba-xla-"))
+os.environ["CLEANBA_TEST_CACHE"] = os.environ.get("CLEANBA_TEST_CACHE") or tempfile.mkdtemp(prefix="cleanba-xla-")
 os.environ |= {
     "NPROC": "4",
     "JAX_NUM_CPU_DEVICES": "4",

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import conftest
@@ -22,6 +22,7 @@ TINY = dict(img_size=16, channels=(4,), local_num_envs=4, num_actor_threads=1, n
 LONGER = dict(total_timesteps=6 * 32)
 FLAGS = [*conftest.SMALL, "--num-actor-threads", "2", "--log-frequency", "1", "--total-timesteps", "8192"]
 FLAGS += ["--checkpoint-frequency", "4"]
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
 IT = ["--resume", "it", "--start-fresh"]  # starts, then goes on
 MODES = ["--no-concurrency", "--concurrency"]
 
@@ -189,9 +190,7 @@ def test_a_directory_that_cannot_be_written(script):
         script.train(script.Args(**TINY))
 
 
-@pytest.mark.parametrize(
-    "damage", ["truncated", *(pytest.param(x, marks=pytest.mark.slow) for x in ("flipped", "emptied"))]
-)
+@pytest.mark.parametrize("damage", ["truncated", SLOW("flipped"), SLOW("emptied")])
 @conftest.one_fast
 def test_a_damaged_checkpoint(script, whole, monkeypatch, capfd, damage):
     """The one before is taken, and the damaged one written again."""
