@@ -22,9 +22,9 @@ plays which rollout never depends on which thread was fast:
 To change the environment edit section 2, the network section 3, the loss or a metric section 7. What is learned ends
 with `train`; below the stairs is where it runs and what is kept of it.
 
-Departures from the published code, numbered as in README.md: (1) reset rows teach nothing, (2) time limits are
-bootstrapped, (3) advantages are normalised over the global minibatch, (7) seeds and keys are distinct, (8) gradients
-are added up in one order, so devices do not change the result.
+Departures from the published code, benchmark/results/README.md has all: (1) reset rows teach nothing, (2) time limits
+are bootstrapped, (3) advantages are normalised over the global minibatch, (7) seeds and keys are distinct, (8)
+gradients are added up in one order, so devices do not change the result.
 """
 
 import fcntl
@@ -69,8 +69,7 @@ sys.modules.setdefault("envpool.jumanji.registration", sys)  # games not used he
 import envpool  # noqa: E402
 
 # === §1 Args ==========================================================================================================
-# Beside a flag's type stands what it must be, (rule, test of a value), which `check_args` holds; behind it its help. A
-# comment that has a line to itself heads a box of --help.
+# A type has what a value must be: (rule, test). The comment behind a flag is its help; one alone heads a box of it.
 Count = Annotated[int, "must be 1 or more", lambda x: x >= 1]
 Natural = Annotated[int, "must be 0 or more", lambda x: x >= 0]
 Positive = Annotated[float, "must be above 0", lambda x: 0 < x < np.inf]
@@ -579,8 +578,8 @@ def train(args: Args, heard: Collection[int] = ()) -> dict[str, Any]:
         learn, updates = make_update(args, network, devices, sizes), range(done + 1, sizes.updates + 1)
         patience, status = lambda: 4 if heard else args.actor_timeout, "finished"  # who asks for an end waits less
         handoff = HandOff(devices.actors, args.concurrency, patience)
-        total, envs = sizes.updates * sizes.steps, sizes.actors * args.local_num_envs
-        print(f"making {envs} environments for {total} of {args.total_timesteps} steps, whole updates", flush=True)
+        begin = f"{done} of {sizes.updates} updates are done, each of {sizes.steps} steps"
+        print(f"{begin}; making {sizes.actors * args.local_num_envs} environments", flush=True)
 
         with playing(args, sizes, devices, make_policy(network), handoff, actor_key, updates):
             if args.concurrency:
@@ -654,7 +653,8 @@ def check_args(args: Args, num_processes: int = 1) -> Sizes:
         value, rule = getattr(args, flag), f"must divide the {number} {what}"
         rule += f" and be a multiple of the {learners} learner devices" if learners > 1 else ""
         fitting = [d for d in range(learners, number + 1, learners) if number % d == 0]
-        instead = min(fitting, key=lambda d: abs(d - value), default=f"{learners} --local-num-envs {4 * learners}")
+        whole = max(1, args.local_num_envs // (unit := learners * args.num_minibatches)) * unit
+        instead = min(fitting, key=lambda d: abs(d - value), default=f"{learners} --local-num-envs {whole}")
         require(value in fitting, args, flag, rule, instead)
         return number // value
 
@@ -720,7 +720,7 @@ def set_up(args: Args) -> tuple[Sizes, Devices, dict[str, Any]]:
     for flag in ("actor_device_ids", "learner_device_ids"):
         require(local.keys() >= {*getattr(args, flag)}, args, flag, f"the devices here are {[*local]}", min(local))
     around = {"script": Path(__file__).stem, "device": here[0].device_kind} | VERSIONS
-    around |= {"threads of XLA (NPROC)": int(os.environ.get("NPROC", max(num_cores(), len(here))))} if cpu else {}
+    around |= {"threads of XLA (NPROC)": max(int(os.environ.get("NPROC", num_cores())), len(here))} if cpu else {}
     record = json.loads(json.dumps({"args": asdict(args), "actors": sizes.actors * processes, "around": around}))
     same = {name: value for name, value in record["args"].items() if name not in OWN_FLAGS}
     same |= {name: len(same[name]) for name in ("actor_device_ids", "learner_device_ids")}
@@ -869,7 +869,7 @@ def claim_run(args: Args, record: dict[str, Any]) -> tuple[Path, Any, bytes]:
         lock = open(run / "checkpoints" / "lock", "w")  # noqa: SIM115
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when its process is gone
     except BlockingIOError:
-        require(False, args, "resume", "another process has this run", f"{args.resume}-2 --start-fresh")
+        require(False, args, "resume", "another process has this run: end it first", f"{args.resume}-2 --start-fresh")
     except OSError as error:  # names no file where only the file system has no locks
         require(error.filename is None, args, "resume", f"{run} cannot be written: {error}", "/tmp/run --start-fresh")
     return run, lock, data
@@ -955,7 +955,7 @@ class Report(AbstractContextManager):
             times.update({name: seconds / len(actors) for name, seconds in spent.items()})
         step, total = (number * self.sizes.steps for number in (kept["updates"], self.sizes.updates))
         sps, recent = step / (kept["seconds"] + now - self.start), self.sizes.steps / (now - (self.last or self.start))
-        due = due or not self.first or kept["updates"] % self.args.log_frequency == 0
+        due = due or kept["updates"] == 1 or kept["updates"] % self.args.log_frequency == 0
         self.first, self.last, live = self.first or (now, step), now, os.isatty(1) and step < total
         if due:
             charts = {"SPS": sps, "SPS_update": recent, "learning_rate": rate}

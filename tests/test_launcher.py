@@ -291,7 +291,8 @@ def type_in(tmp_path, monkeypatch):
     for name in ["pip", "uv", "python", "tensorboard", "sbatch", "srun", "scontrol"]:
         (tools / name).write_text(STAND_IN)
         (tools / name).chmod(0o755)
-    (tmp_path / "benchmark").symlink_to(conftest.ROOT / "benchmark")
+    for name in ["benchmark", *(f"{script}.py" for script in conftest.SCRIPTS)]:
+        (tmp_path / name).symlink_to(conftest.ROOT / name)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     monkeypatch.setenv("RECORDS", str(records))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -342,7 +343,7 @@ def check(program: str, flags: list[str], tasks: int, gpus: str | None) -> None:
     """Hold flags against a program as it does itself, on a machine of eight devices, without starting anything."""
     if program in ("benchmark/plot", "benchmark/learns") and not find_spec("rliable"):
         return  # cannot be installed with this Python
-    module = conftest.load(program)
+    module = conftest.load("cleanba_ppo_envpool" if program == "mine" else program)  # which README copies to mine.py
     if program == "benchmark/gpu":  # its arguments are scripts with their flags
         for name, *own in map(str.split, flags):
             check(name.removesuffix(".py"), own, 1, None)
@@ -374,7 +375,8 @@ def test_every_command_that_we_tell_people_to_type_is_valid(type_in, monkeypatch
             records += type_in(call(monkeypatch, capsys, *flags, "--dry-run"), source)
             records += type_in(f"sbatch <<'END'\n{call(monkeypatch, capsys, *flags, '--slurm')}END\n", source)
     for words, source, tasks, gpus in records:
-        program = next((i for i, word in enumerate(words) if re.match(r"(cleanba_|benchmark/)\w+\.py", word)), None)
+        ours = lambda word: re.match(r"(cleanba_|benchmark/|mine)\w*\.py", word)
+        program = next((i for i, word in enumerate(words) if ours(word)), None)
         if program is not None:
             try:
                 check(words[program].removesuffix(".py"), words[program + 1 :], int(tasks or 1), gpus)

@@ -298,10 +298,16 @@ def test_equal_curves_are_both_seen_and_steps_are_frames_in_atari_games_only(run
     assert dashed(steps.axes[0]) == ["-", "--", "-"]
     assert dashed(hours.axes[0]) == ["-", "--", "-"]
     assert [line.get_linestyle() for line in scores.axes[-1].lines] == ["-", "--", "--"]  # all scored 2
+    note = lambda figure: figure.legends[0].get_title().get_text()
+    assert "dashes over a line: equal" in note(steps)
     assert steps.get_supxlabel() == "environment steps (4 frames each)"
     assert hours.get_supxlabel() == "minutes of training"
     run_plot("runs", "--reference", "none")
     assert figures[-2].get_supxlabel() == "environment steps"
+    for exp, score in [("a", 1.0), ("b", 2.0)]:
+        finished([(1000, 10.0, score, 1)], score, exp=exp, game="Breakout-v5")
+    run_plot("runs/Breakout*", "--reference", "none")
+    assert note(figures[-2]).endswith("some seeds only")
 
 
 def test_the_profile_is_as_wide_as_the_scores(run_plot, figures):

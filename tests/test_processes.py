@@ -137,11 +137,11 @@ def test_what_differs_is_named_by_all(script, launcher):
     for process in processes:
         _, err = end(process, 2, 15, start)
         assert err == "error: --seed 2: process 1 differs from process 0, which has 1. For example: --seed 1\n"
-    processes = launcher.start_processes(script, *common, environments={1: {"NPROC": "3"}})
+    processes = launcher.start_processes(script, *common, environments={1: {"NPROC": "5"}})
     start = all_wait(processes)
     for process in processes:
         _, err = end(process, 2, 15, start)
-        assert err.startswith("error: threads of XLA (NPROC) 3: process 1 differs from process 0, which has 4.")
+        assert err.startswith("error: threads of XLA (NPROC) 5: process 1 differs from process 0, which has 4.")
     assert not (launcher.directory / "runs").exists()
 
 

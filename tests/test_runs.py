@@ -265,12 +265,15 @@ def test_environments_that_hang(script, monkeypatch, counting_pool, how):
 
 @conftest.one_fast
 def test_phases_and_whole_updates_are_told(script, capsys):
-    """Making environments and compiling take seconds each; 100 steps are three updates of 32."""
+    """Making environments and compiling take seconds each; 100 steps are three updates of 32. Resumed: from where."""
     script.train(script.Args(**TINY, total_timesteps=100))
     making, compiling, first, *_ = capsys.readouterr().out.splitlines()
-    assert making == "making 4 environments for 96 of 100 steps, whole updates"
+    assert making == "0 of 3 updates are done, each of 32 steps; making 4 environments"
     assert "compiling" in compiling
     assert "32/96 steps" in first
+    (run,) = Path("runs").iterdir()
+    script.train(script.Args(**TINY, total_timesteps=100, resume=run.name))
+    assert capsys.readouterr().out.startswith("3 of 3 updates are done, ")
 
 
 @conftest.one_fast
