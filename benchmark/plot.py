@@ -24,6 +24,7 @@ import logging
 import warnings
 from dataclasses import dataclass
 from glob import glob
+from itertools import combinations
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -142,9 +143,7 @@ def aggregate(games: list[np.ndarray], taus: np.ndarray, reps: int) -> np.ndarra
     """
 
     def figures(*games: np.ndarray) -> np.ndarray:
-        rows = np.lcm.reduce(
-            [*map(len, games)]
-        )  # games with fewer runs have them repeated, to give all games one weight
+        rows = np.lcm.reduce([*map(len, games)])  # fewer runs are repeated, to give all games one weight
         scores = np.stack([np.repeat(game, rows // len(game)) for game in games], axis=1)
         profile = np.mean(scores > taus[:, None, None], axis=(1, 2))
         return np.array([*(metric(scores) for metric in METRICS.values()), *profile])
@@ -220,7 +219,8 @@ def draw_curves(curves: dict, axis: str, label: str, published: pd.DataFrame, co
     lines = {f"{name} ({count} seed{'s' * (count != 1)})": (name, "-") for name, count in seeds.items()}
     lines |= {name: (name, "--") for name in published}
     handles = [plt.Line2D([], [], label=text, color=colors[name], ls=ls) for text, (name, ls) in lines.items()]
-    note = "bands: 95 % bootstrap intervals over seeds; dotted: some seeds only; dashes over a line: equal"
+    equal = any(one.equals(other) for own in games.values() for one, other in combinations(own.values(), 2))
+    note = "bands: 95 % bootstrap intervals over seeds; dotted: some seeds only" + "; dashes over a line: equal" * equal
     note = dict(title=note, title_fontsize="small") if max(seeds.values()) > 1 or len(seeds) > 1 else {}
     fig.legend(handles=handles, loc="outside upper center", ncols=1 if len(games) == 1 else 3, **note)
     fig.savefig(path)
