@@ -52,6 +52,7 @@ class Options:
     runs: tyro.conf.Positional[tuple[str, ...]] = ()  # directories of runs, or above them, or globs
     out: Path = Path("plots")  # directory of the files that are written
     reference: tuple[str, ...] = ("auto",)  # published columns; auto: the algorithm's with one GPU; all; none
+    finished_only: bool = False  # leave out runs that did not finish
     points: int = 100  # points of a curve
     reps: int = 2000  # samples of a bootstrap
 
@@ -104,6 +105,9 @@ def read_runs(options: Options) -> tuple[pd.DataFrame, list[str]]:
     read = {path: read_run(path) for path in tqdm(find_runs(options.runs), unit=" runs", disable=None, leave=False)}
     notes = [f"{path} left out, no log of these scripts in it yet" for path, run in read.items() if run is None]
     runs = pd.DataFrame(filter(None, read.values()))
+    if len(runs) and options.finished_only:
+        notes += [f"{path} left out, not finished" for path in runs["path"][~runs["finished"]]]
+        runs = runs[runs["finished"]]
     require(len(runs), "RUNS", " ".join(options.runs), "no run there has logged what can be shown", "runs")
     runs, key = runs.sort_values(["finished", "steps"], ascending=False), ["experiment", "env_id", "seed"]
     again = runs.duplicated(key)  # the same seed again is no new sample

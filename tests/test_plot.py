@@ -186,7 +186,7 @@ def test_unfinished_run_counts_as_far_as_it_came_and_is_named(run_plot):
     """Its score is (60 * 4 + 60 * 8) / 120, of its last 100 games; the summary of an earlier stop is not used."""
     finished([(500, 5.0, 1.0, 10), (1000, 10.0, 10.0, 10)], 10.0, seed=1)
     logs = [(100, 1.0, 0.0, 60), (200, 2.0, 4.0, 60), (300, 3.0, 8.0, 60)]
-    write_run(logs, seed=2, status="preempted", mean_score=-5.0)
+    cut = write_run(logs, seed=2, status="preempted", mean_score=-5.0)
     table = run_plot("runs", "--points", "10")
     assert "Notes: unfinished, shown as far as they came: ppo Pong-v5 seed 2 (30%); " in table
     assert cells(table, "ppo")[1] == "2, 1 unfinished"
@@ -195,6 +195,11 @@ def test_unfinished_run_counts_as_far_as_it_came_and_is_named(run_plot):
     assert steps.seeds[300.0] == 1
     assert steps.seeds[500.0] == 1
     assert math.isnan(steps.low[500.0])
+    table = run_plot("runs", "--finished-only")
+    assert f"Notes: {cut} left out, not finished; " in table
+    assert cells(table, "Pong-v5")[0] == "10.0 (1)"
+    with pytest.raises(SystemExit):
+        run_plot(str(cut), "--finished-only")
 
 
 def test_missing_game_one_seed_unknown_game_and_no_finished_game_are_named(run_plot):
