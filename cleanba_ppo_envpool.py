@@ -578,8 +578,7 @@ def train(args: Args, heard: Collection[int] = ()) -> dict[str, Any]:
         learn, updates = make_update(args, network, devices, sizes), range(done + 1, sizes.updates + 1)
         patience, status = lambda: 4 if heard else args.actor_timeout, "finished"  # who asks for an end waits less
         handoff = HandOff(devices.actors, args.concurrency, patience)
-        begin = f"{done} of {sizes.updates} updates are done, each of {sizes.steps} steps"
-        print(f"{begin}; making {sizes.actors * args.local_num_envs} environments", flush=True)
+        print(f"{done} of {sizes.updates} updates of {sizes.steps} steps are done; making environments", flush=True)
 
         with playing(args, sizes, devices, make_policy(network), handoff, actor_key, updates):
             if args.concurrency:
@@ -650,12 +649,11 @@ def check_args(args: Args, num_processes: int = 1) -> Sizes:
     require(not args.track or find_spec("wandb"), args, "track", "needs pip install wandb or uv run --with wandb", 0)
 
     def divides(flag: str, number: int, what: str, learners: int = 1) -> int:
-        value, rule = getattr(args, flag), f"must divide the {number} {what}"
-        rule += f" and be a multiple of the {learners} learner devices" if learners > 1 else ""
+        value, many = getattr(args, flag), f" and be a multiple of the {learners} learner devices" * (learners > 1)
         fitting = [d for d in range(learners, number + 1, learners) if number % d == 0]
         whole = max(1, args.local_num_envs // (unit := learners * args.num_minibatches)) * unit
         instead = min(fitting, key=lambda d: abs(d - value), default=f"{learners} --local-num-envs {whole}")
-        require(value in fitting, args, flag, rule, instead)
+        require(value in fitting, args, flag, f"must divide the {number} {what}{many}", instead)
         return number // value
 
     actors = args.num_actor_threads * len(args.actor_device_ids)
@@ -971,10 +969,12 @@ class Report(AbstractContextManager):
                 raise FloatingPointError(f"update {kept['updates']}: losses/{name} is not finite, no checkpoint made")
         if due or live:
             part = "environments" if times["env_time"] > times["inference_time"] else "inference"
-            waits = times["rollout_queue_get_time"] / (times["rollout_queue_get_time"] + times["training_time"])
+            waits = (wait := times["rollout_queue_get_time"]) / (wait + times["training_time"])
             score = f"score {np.mean(kept['scores']):.1f}" if kept["scores"] else "no game over yet"
-            pace = f"{step / total:4.0%} {step}/{total} steps, {sps:.0f} steps/s, {(total - step) / sps:.0f} s left"
-            line = f"{pace}, {score}, learner waits {waits:.0%} of the time for {part}"
+            pace = (step - self.first[1]) / (now - self.first[0] or 1)  # after the first update, which compiles
+            left = f"{(total - step) / pace:.0f} s left" if pace else "compilation included"
+            speed = f"{step / total:4.0%} {step}/{total} steps, {pace or sps:.0f} steps/s, {left}"
+            line = f"{speed}, {score}, learner waits {waits:.0%} of the time for {part}"
             print("\x1b[K" * live + line, end="\r" if live else "\n", flush=True)
 
     def end(self, status: str, network: nn.Module, params: Any, heard: Collection[int]) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -72,9 +73,13 @@ def test_what_a_run_writes(script, capsys):
     )  # fmt: skip
     summary = script.train(args)
     out = capsys.readouterr().out
-    lines = [line for line in out.splitlines() if "steps/s," in line and "left" in line]
+    lines = [line for line in out.splitlines() if "steps/s," in line and "learner waits" in line]
     assert [line.split("/")[0].split()[-1] for line in lines] == ["1024", "2048", "4096", "5120"]
-    assert all("learner waits" in line for line in lines)
+    assert "steps/s, compilation included, " in lines[0]
+    rest = [re.search(r"/5120 steps, (\d+) steps/s, (\d+) s left", line).groups() for line in lines[1:]]
+    for step, (pace, left) in zip((2048, 4096, 5120), rest, strict=True):  # what is left at the pace after compiling
+        assert int(left) == pytest.approx((5120 - step) / int(pace), abs=1)
+    assert int(rest[-1][0]) == pytest.approx(summary["sps_steady"], rel=0.2)
     assert "no game over yet" in lines[0]
     assert f"score {summary['mean_score']:.1f}" in lines[-1]
     assert out.splitlines()[-1] == f"params sha256: {summary['params_sha256']}"
@@ -268,12 +273,12 @@ def test_phases_and_whole_updates_are_told(script, capsys):
     """Making environments and compiling take seconds each; 100 steps are three updates of 32. Resumed: from where."""
     script.train(script.Args(**TINY, total_timesteps=100))
     making, compiling, first, *_ = capsys.readouterr().out.splitlines()
-    assert making == "0 of 3 updates are done, each of 32 steps; making 4 environments"
+    assert making == "0 of 3 updates of 32 steps are done; making environments"
     assert "compiling" in compiling
     assert "32/96 steps" in first
     (run,) = Path("runs").iterdir()
     script.train(script.Args(**TINY, total_timesteps=100, resume=run.name))
-    assert capsys.readouterr().out.startswith("3 of 3 updates are done, ")
+    assert capsys.readouterr().out.startswith("3 of 3 updates of 32 steps are done")
 
 
 @conftest.one_fast
