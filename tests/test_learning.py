@@ -1,7 +1,5 @@
 """Does it learn? A falling block and a paddle, through the real actors, hand-off and learner."""
 
-import time
-
 import conftest
 import numpy as np
 import pytest
@@ -22,9 +20,8 @@ def play(script, monkeypatch, **flags):
 
 @conftest.algorithms_fast
 def test_it_learns(script, monkeypatch):
-    start = time.process_time()  # of the processor: another program may keep it busy
+    """In so many steps. A bound in seconds, of the clock or the processor, would be one of the machine."""
     assert play(script, monkeypatch) >= 0.9
-    assert time.process_time() - start < 30
 
 
 @pytest.mark.slow
