@@ -22,7 +22,7 @@ plays which rollout never depends on which thread was fast:
 To change the environment edit section 2, the network section 3, the loss or a metric section 7. What is learned ends
 with `train`; below the stairs is where it runs and what is kept of it.
 
-Departures from the published code, benchmark/results/README.md has all: (1) reset rows teach nothing, (2) time limits
+Departures from the published code (benchmark/results/README.md has all): (1) reset rows teach nothing, (2) time limits
 are bootstrapped, (4) an action is paired with the reward it earned, (5) the loss is one sum over the global minibatch,
 (6) RMSProp's mean squares start at 1, (7) seeds and keys are distinct, (8) gradients are added up in one order, so
 devices do not change the result.

@@ -88,6 +88,12 @@ def test_many_processes_need_shards_for_all(script):
     assert script.check_args(script.Args(num_shards=12), 3).steps == 3 * script.check_args(script.Args()).steps
 
 
+def test_the_value_that_works_is_near(script):
+    """Where no number of shards fits three learner devices, the number of environments does not fall to a few."""
+    with pytest.raises(script.FlagError, match=r"For example: --num-shards 3 --local-num-envs 60$"):
+        script.check_args(script.Args(learner_device_ids=(0, 1, 2), local_num_envs=64))
+
+
 @conftest.one_fast
 def test_a_bad_flag_is_quick(script, launcher):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
