@@ -651,7 +651,7 @@ def check_args(args: Args, num_processes: int = 1) -> Sizes:
     def divides(flag: str, number: int, what: str, learners: int = 1) -> int:
         value, many = getattr(args, flag), f" and be a multiple of the {learners} learner devices" * (learners > 1)
         fitting = [d for d in range(learners, number + 1, learners) if number % d == 0]
-        whole = max(1, args.local_num_envs // (unit := learners * args.num_minibatches)) * unit
+        whole = max(unit := learners * args.num_minibatches, args.local_num_envs // unit * unit)
         instead = min(fitting, key=lambda d: abs(d - value), default=f"{learners} --local-num-envs {whole}")
         require(value in fitting, args, flag, f"must divide the {number} {what}{many}", instead)
         return number // value

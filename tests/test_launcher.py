@@ -356,6 +356,7 @@ def check(program: str, flags: list[str], tasks: int, gpus: str | None) -> None:
         assert {*visible} >= {*args.actor_device_ids, *args.learner_device_ids}, "there are no such devices"
 
 
+OURS = re.compile(r"(cleanba_|benchmark/|mine)\w*\.py")
 DOCUMENTS = ["README.md", "benchmark/README.md", "benchmark/results/README.md"]
 
 
@@ -375,8 +376,7 @@ def test_every_command_that_we_tell_people_to_type_is_valid(type_in, monkeypatch
             records += type_in(call(monkeypatch, capsys, *flags, "--dry-run"), source)
             records += type_in(f"sbatch <<'END'\n{call(monkeypatch, capsys, *flags, '--slurm')}END\n", source)
     for words, source, tasks, gpus in records:
-        ours = lambda word: re.match(r"(cleanba_|benchmark/|mine)\w*\.py", word)
-        program = next((i for i, word in enumerate(words) if ours(word)), None)
+        program = next((i for i, word in enumerate(words) if OURS.match(word)), None)
         if program is not None:
             try:
                 check(words[program].removesuffix(".py"), words[program + 1 :], int(tasks or 1), gpus)
