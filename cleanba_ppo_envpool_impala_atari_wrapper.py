@@ -19,8 +19,8 @@ plays which rollout never depends on which thread was fast:
     python THIS_FILE.py --env-id Pong-v5
     python THIS_FILE.py --actor-device-ids 0 --learner-device-ids 1 2 3 --num-shards 6 --local-num-envs 60
 
-To change the environment edit section 2, the network section 3, the loss or a metric section 7. What is learned ends
-with `train`; below the stairs is where it runs and what is kept of it.
+To change the environment edit section 2, the network section 3, the loss or a metric section 7. Everything about
+learning comes before the stairs and ends with `train`; below them is where it runs and what is kept.
 
 Departures from the published code (benchmark/results/README.md has all): (1) reset rows teach nothing, (2) time limits
 are bootstrapped, (3) advantages are normalised over the global minibatch, (7) seeds and keys are distinct, (8)
@@ -29,21 +29,21 @@ gradients are added up in one order, so devices do not change the result.
 
 import fcntl
 import hashlib
-import inspect
 import json
 import os
 import queue
 import re
+import secrets
 import signal
+import socket
 import sys
 import threading
 import time
 from collections import Counter, defaultdict, namedtuple
-from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, make_dataclass
-from functools import cache, partial, reduce
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from importlib.metadata import version as package_version
 from importlib.util import find_spec
 from itertools import count
@@ -57,86 +57,91 @@ import numpy as np
 import optax
 import tyro
 from flax import serialization
+from flax.linen.initializers import orthogonal
 from flax.training.train_state import TrainState
 from jax._src.distributed import global_state  # has the key-value store, which nothing public gives; Orbax uses it too
 from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.summary.writer import event_file_writer
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-sys.modules.setdefault("envpool.jumanji.registration", sys)  # games not used here, which load Matplotlib for a second
+# EnvPool imports all its games. These are not used here, and drawing them takes Matplotlib, a second to import.
+sys.modules.setdefault("envpool.jumanji.registration", sys)
 import envpool  # noqa: E402
 
 # === §1 Args ==========================================================================================================
-# A type has what a value must be: (rule, test). The comment behind a flag is its help; one alone heads a box of it.
+# A type says what a value must be: (rule, test). The comment behind a flag is its help.
 Count = Annotated[int, "must be 1 or more", lambda x: x >= 1]
 Natural = Annotated[int, "must be 0 or more", lambda x: x >= 0]
 Positive = Annotated[float, "must be above 0", lambda x: 0 < x < np.inf]
 Weight = Annotated[float, "must be 0 or more", lambda x: 0 <= x < np.inf]
-Fraction = Annotated[float, "must lie between 0 and 1", lambda x: 0 <= x <= 1]
-Widths = Annotated[tuple[int, ...], "needs one or more widths, each 1 or more", lambda x: min(x, default=0) >= 1]
-Ids = Annotated[tuple[int, ...], "needs ids, 0 or more and different", lambda x: len({*x}) == len(x) > 0 <= min(x)]
+Fraction = Annotated[float, "must be between 0 and 1", lambda x: 0 <= x <= 1]
+Widths = Annotated[tuple[int, ...], "must be one or more widths, each 1 or more", lambda x: min(x, default=0) >= 1]
+Ids = Annotated[tuple[int, ...], "must be different ids, each 0 or more", lambda x: len({*x}) == len(x) > 0 <= min(x)]
+Seed = Annotated[int, "must be between 0 and 4294967295", lambda x: 0 <= x < 2**32]
+Name = Annotated[str, "must be a name without a path separator", lambda x: x and os.sep not in x]
+Place = Annotated[str | None, "must not be empty", lambda x: x != ""]
 
 
 @dataclass(frozen=True)
 class Args:
-    # experiment
-    exp_name: str = Path(__file__).stem  # name of the experiment, a part of the run's name
-    seed: Annotated[int, "must be 0 to 4294967295", lambda x: 0 <= x < 2**32] = 1  # of all that is random
-    total_timesteps: int = 50_000_000  # environment steps of the run
+    # Experiment
+    exp_name: Name = Path(__file__).stem  # name of the experiment, a part of the run's name
+    seed: Seed = 1  # seed of everything that is random
+    total_timesteps: int = 50_000_000  # environment steps of the whole run
     log_frequency: Count = 10  # updates between two logs
     track: bool = False  # sync TensorBoard to Weights & Biases (pip install wandb)
     wandb_project_name: str = "cleanba"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team or user
-    # environment
-    env_id: str = "Breakout-v5"  # an Atari game of EnvPool
-    img_size: int = 84  # of observations; 42 suits a CPU
+    # Environment
+    env_id: str = "Breakout-v5"  # one of EnvPool's Atari games
+    img_size: int = 84  # height and width of observations; 42 suits a CPU
     local_num_envs: Count = 60  # environments of each actor thread
     env_threads: Natural = 0  # EnvPool threads of each actor; 0 shares the cores among the actors
-    actor_timeout: Count = 300  # seconds that one step of an actor's environments may take before the run fails
-    # algorithm
-    learning_rate: Weight = 2.5e-4  # of Adam, at the start
-    anneal_lr: bool = True  # let the learning rate fall linearly to 0
-    num_steps: Count = 128  # T, the steps of a rollout
-    gamma: Fraction = 0.99  # discount of a reward one step later
+    actor_timeout: Count = 300  # seconds that a step of an actor's environments, or making them, may take
+    # Algorithm
+    learning_rate: Weight = 2.5e-4  # learning rate of Adam at the start
+    anneal_lr: bool = True  # decrease the learning rate linearly to 0
+    num_steps: Count = 128  # T, the number of steps of a rollout
+    gamma: Fraction = 0.99  # discount factor
     gae_lambda: Fraction = 0.95  # lambda of generalized advantage estimation
-    num_minibatches: Count = 4  # optimizer steps of an epoch
+    num_minibatches: Count = 4  # optimizer steps per epoch
     gradient_accumulation_steps: Count = 1  # pieces of a shard's part of a minibatch: less memory, same statistics
     update_epochs: Count = 4  # passes over a batch
     norm_adv: bool = True  # normalise advantages over the global minibatch
     clip_coef: Positive = 0.1  # PPO's clip range of the probability ratio
     ent_coef: Weight = 0.01  # weight of the entropy bonus
     vf_coef: Weight = 0.5  # weight of the value loss (which has a factor of 0.5 of its own)
-    max_grad_norm: Positive = 0.5  # gradients are clipped to this global norm
+    max_grad_norm: Positive = 0.5  # clip gradients to this global norm
     concurrency: bool = True  # play the next rollout while the learner learns: policies lag by one update
-    # network
-    channels: Widths = (16, 32, 32)  # channels of the network's convolution sequences
+    # Network
+    channels: Widths = (16, 32, 32)  # channels of the convolution sequences
     hiddens: Widths = (256,)  # widths of the dense layers after them
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of convolutions and hidden layers; all else is float32
-    # devices
+    # Devices
     num_actor_threads: Count = 1  # actor threads on each actor device
-    actor_device_ids: Ids = (0,)  # local devices that run the actors' forward passes
+    actor_device_ids: Ids = (0,)  # local devices that compute the actors' forward passes
     learner_device_ids: Ids = (0,)  # local devices that compute gradients
-    num_shards: Count = 4  # slices of a batch whose gradients are computed apart; learner devices must divide it
-    # checkpoints
-    checkpoint_frequency: Natural = 0  # updates between two checkpoints, all games start anew after each; 0 only at end
-    keep_checkpoints: Natural = 2  # newest checkpoints that are kept, 0 keeps all
-    resume: str | None = None  # go on with this run: its directory, or its name below runs
+    num_shards: Count = 4  # slices of a batch whose gradients are computed apart; a multiple of the learner devices
+    # Checkpoints
+    checkpoint_frequency: Natural = 0  # updates between checkpoints, after each of which games restart; 0: at the end
+    keep_checkpoints: Natural = 2  # number of newest checkpoints to keep; 0 keeps all
+    resume: Place = None  # resume this run: its directory, or its name below runs
     start_fresh: bool = False  # with --resume, start the run if it has no checkpoint
-    load_model: str | None = None  # start with the parameters of this model.msgpack, of the same network
-    save_model: bool = False  # write parameters and flags to model.msgpack at the end, and play games with them
-    eval_episodes: Count = 10  # games that --save-model plays, each in an environment of its own
-    # processes
-    distributed: bool = False  # be one of many processes; SLURM, Open MPI and Kubernetes say how many and which
-    coordinator_address: str | None = None  # HOST:PORT of process 0, where nothing else says so
-    num_processes: int | None = None  # processes of the run, where nothing else says so
-    process_id: int | None = None  # which one this is, from 0, where nothing else says so
-    peer_timeout: Count = 100  # seconds until a process that is missing or silent is given up, and the run with it
+    load_model: Place = None  # start with the parameters of this model.msgpack, of the same network
+    save_model: bool = False  # at the end write parameters and flags to model.msgpack, and play games with them
+    eval_episodes: Count = 10  # games that --save-model plays, each in its own environment
+    # Processes
+    distributed: bool = False  # be one of many processes, as SLURM, Open MPI or Kubernetes say
+    coordinator_address: str | None = None  # HOST:PORT of process 0, where no cluster says it
+    num_processes: int | None = None  # number of processes of the run, where no cluster says it
+    process_id: int | None = None  # number of this process, from 0, where no cluster says it
+    peer_timeout: Count = 100  # seconds after which a missing or silent process is given up, and the run with it
 
 
 # === §2 Environment ===================================================================================================
-def env_options(args: Args) -> dict[str, Any]:
+def env_options(args):
     """EnvPool's options for IMPALA's protocol (Espeholt et al. 2018, table G.1); A depends on the game."""
     return dict(
         episodic_life=True,
@@ -151,25 +156,31 @@ def env_options(args: Args) -> dict[str, Any]:
 
 
 @cache
-def env_spec(args: Args) -> tuple[tuple[int, ...], int]:
+def env_spec(args):
     """The shape of an observation (4, H, W) and the number of actions A, without building a pool."""
     games = [name for name, (module, *_) in envpool.registration.registry.specs.items() if module == "envpool.atari"]
-    require(args.env_id in games, args, "env_id", f"must be one of EnvPool's {len(games)} Atari games", Args.env_id)
-    require(8 <= args.img_size <= 1024, args, "img_size", "must be 8 to 1024", Args.img_size)
+    example = re.sub(r"^ALE/|NoFrameskip|Deterministic|-v\d$", "", args.env_id) + "-v5"  # from Gymnasium's names
+    rule = f"must be one of EnvPool's {len(games)} Atari games"
+    require(args.env_id in games, args, "env_id", rule, example if example in games else Args.env_id)
+    require(8 <= args.img_size <= 1024, args, "img_size", "must be between 8 and 1024", Args.img_size)
     spec = envpool.make_spec(args.env_id, **env_options(args))
     return spec.observation_space.shape, int(spec.action_space.n)
 
 
-def env_seeds(seed: int, generation: int, first: int, count: int) -> list[int]:
+def env_seeds(seed, generation, first, count):
     """Seeds (int32) of the environments `first` to `first + count - 1`, numbered over all actors of all processes."""
-    sequences = [np.random.SeedSequence(seed, spawn_key=(generation, first + i)) for i in range(count)]
-    return [int(sequence.generate_state(1).view(np.int32)[0]) for sequence in sequences]
+    seeds = []
+    for number in range(first, first + count):
+        sequence = np.random.SeedSequence(seed, spawn_key=(generation, number))
+        env_seed = int(sequence.generate_state(1).view(np.int32)[0])
+        seeds.append(0 if env_seed == -1 else env_seed)  # with -1 ALE takes its seed from the clock
+    return seeds
 
 
-def make_env(args: Args, seeds: list[int], num_threads: int) -> Any:
+def make_env(args, seeds, num_threads):
     """A pool of len(seeds) environments in lock-step: with partial batches the order of data would depend on timing."""
-    options = dict(env_type="gymnasium", num_envs=len(seeds), seed=seeds, num_threads=num_threads)
-    return envpool.make(args.env_id, **options, **env_options(args))
+    options = env_options(args) | dict(env_type="gymnasium", num_envs=len(seeds), seed=seeds, num_threads=num_threads)
+    return envpool.make(args.env_id, **options)
 
 
 class Envs:
@@ -179,42 +190,66 @@ class Envs:
     first observation of the next episode. The row of such a step is a reset row.
     """
 
-    def __init__(self, pool: Any):
-        self.pool, self.games = pool, []  # (score, length in steps) of games that ended
+    def __init__(self, pool):
+        self.pool = pool
         self.obs, info = pool.reset()  # u8[B,4,H,W], what the agent sees now
-        self.full = self.lives = info.get("lives", 0)  # at the start of a game
-        # bool[B]: where `obs` ended an episode, so that the next step only resets; where it ended a whole game
-        self.reset = self.over = np.zeros(len(self.obs), bool)
-        self.score, self.length = np.zeros(len(self.obs)), np.zeros(len(self.obs), int)
-        self.steps, self.since = 0, np.inf  # steps begun; when the one that is under way began
+        num_envs = len(self.obs)
+        self.is_reset_row = np.zeros(num_envs, bool)  # where `obs` ended an episode, so that the next step only resets
+        self.game_over = np.zeros(num_envs, bool)  # where it ended a whole game, too
+        self.lives = info.get("lives", np.zeros(num_envs, int))
+        self.full_lives = self.lives  # at the start of a game
+        self.score = np.zeros(num_envs)
+        self.length = np.zeros(num_envs, int)  # in steps
+        self.games = []  # (score, length) of the games that ended
+        self.steps_begun = 0
+        self.is_stepping = False
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def step(self, action):
         """Play action i32[B]; return reward f32[B], clipped as the agent learns it, and terminated bool[B]."""
-        self.steps, self.since = self.steps + 1, time.monotonic()
+        self.steps_begun += 1
+        self.is_stepping = True
         self.obs, reward, terminated, truncated, info = self.pool.step(action)
-        self.since = np.inf
-        # the game's own points, and its own end, which a last step has too where the time limit is all that is told
-        points, ended = info.get("reward", reward), info.get("terminated", terminated).astype(bool)
-        self.score, self.length, terminated = self.score + points, self.length + ~self.reset, terminated | ended
-        before, self.lives = self.lives, info.get("lives", 0)
-        # where a lost life ends an episode, a game that ends in a reset starts again without a word, or is told twice
-        unsaid = self.reset & ~self.over & (before > 0) & (before < self.full) & (self.lives == self.full)
-        over = self.over = (ended | truncated) & ~self.over | unsaid  # a whole game
-        self.games += zip(self.score[over].tolist(), self.length[over].tolist(), strict=True)
-        self.score[over], self.length[over] = 0, 0
-        self.reset = terminated | truncated
+        self.is_stepping = False
+
+        # The game's own points, and its own end, which EnvPool may report as a time limit alone.
+        self.score += info.get("reward", reward)
+        self.length += ~self.is_reset_row
+        game_terminated = info.get("terminated", terminated).astype(bool)
+        terminated = terminated | game_terminated
+        self.find_games_over(game_terminated | truncated, info.get("lives", self.lives))
+        self.is_reset_row = terminated | truncated
         return reward, terminated
+
+    def find_games_over(self, ended, lives):
+        """Count the whole games that are over: where the simulator says `ended`, and where it restarted one silently.
+
+        Where a lost life ends an episode, the game may end during the reset that follows. EnvPool then starts the next
+        game without a word, or it reports the same end twice.
+        """
+        restarted = (self.lives > 0) & (self.lives < self.full_lives) & (lives >= self.full_lives)
+        silent_game_over = self.is_reset_row & ~self.game_over & restarted
+        first_row = self.game_over  # of a game
+        self.game_over = ended & ~self.game_over | silent_game_over
+        # No-ops at the start may have cost the very first game a life.
+        self.full_lives = np.where(first_row, np.maximum(self.full_lives, lives), self.full_lives)
+        self.lives = lives
+        self.games += zip(self.score[self.game_over].tolist(), self.length[self.game_over].tolist(), strict=True)
+        self.score[self.game_over] = 0
+        self.length[self.game_over] = 0
 
 
 # === §3 Network [shared] ==============================================================================================
-def max_pool(x: jax.Array) -> jax.Array:
+def max_pool(x):
     """3x3 maximum with stride 2, SAME, f32[N,H,W,C]: the bits of `nn.max_pool`, a third of its gradient's CPU time."""
     for axis in (1, 2):
         size = -(-x.shape[axis] // 2)
-        total = 2 * size + 1 - x.shape[axis]
-        padding = [(total // 2, total - total // 2) if i == axis else (0, 0) for i in range(x.ndim)]
+        extent = 2 * size - 1
+        missing = extent + 2 - x.shape[axis]
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (missing // 2, missing - missing // 2)
         padded = jnp.pad(x, padding, constant_values=-jnp.inf)
-        x = reduce(jnp.maximum, (jax.lax.slice_in_dim(padded, i, i + 2 * size - 1, 2, axis) for i in range(3)))
+        left, middle, right = [jax.lax.slice_in_dim(padded, i, i + extent, 2, axis) for i in range(3)]
+        x = jnp.maximum(jnp.maximum(left, middle), right)
     return x
 
 
@@ -223,9 +258,10 @@ class ResidualBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x):
         y = nn.Conv(self.channels, (3, 3), dtype=self.dtype)(nn.relu(x))
-        return x + nn.Conv(self.channels, (3, 3), dtype=self.dtype)(nn.relu(y))
+        y = nn.Conv(self.channels, (3, 3), dtype=self.dtype)(nn.relu(y))
+        return x + y
 
 
 class ActorCritic(nn.Module):
@@ -237,7 +273,7 @@ class ActorCritic(nn.Module):
     dtype: Any = "float32"  # of convolutions and hidden layers
 
     @nn.compact
-    def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, obs):
         x = jnp.transpose(obs, (0, 2, 3, 1)) / 255.0
         for channels in self.channels:
             x = max_pool(nn.Conv(channels, (3, 3), dtype=self.dtype)(x))
@@ -245,13 +281,16 @@ class ActorCritic(nn.Module):
             x = ResidualBlock(channels, self.dtype)(x)
         x = nn.relu(x).reshape(x.shape[0], -1)
         for width in self.hiddens:
-            x = nn.relu(nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.orthogonal(np.sqrt(2)))(x))
-        logits = nn.Dense(self.num_actions, kernel_init=nn.initializers.orthogonal(0.01))(x)
-        value = nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0))(x)
+            x = nn.Dense(width, dtype=self.dtype, kernel_init=orthogonal(np.sqrt(2)))(x)
+            x = nn.relu(x)
+        logits = nn.Dense(self.num_actions, kernel_init=orthogonal(0.01))(x)
+        value = nn.Dense(1, kernel_init=orthogonal(1.0))(x)
         return logits, value[:, 0]
 
 
-make_network = lambda args: ActorCritic(env_spec(args)[1], args.channels, args.hiddens, args.compute_dtype)
+def make_network(args):
+    _, num_actions = env_spec(args)
+    return ActorCritic(num_actions, args.channels, args.hiddens, args.compute_dtype)
 
 
 # === §4 Rollout =======================================================================================================
@@ -266,19 +305,19 @@ class Behaviour(NamedTuple):
 class Rollout(NamedTuple):
     """T steps of B environments. Row t means obs[t] -> action[t] -> reward[t], terminated[t].
 
-    An episode ended in row t (terminated or cut by a time limit) exactly where reset[t + 1]; obs[t + 1] is then its
-    last observation. Every leaf has its environments on axis 1.
+    An episode ended in row t (terminated or cut by a time limit) exactly where is_reset_row[t + 1]; obs[t + 1] is then
+    its last observation. Every leaf has its environments on axis 1.
     """
 
     obs: jax.Array  # [T+1,B,...], here u8[T+1,B,4,H,W]
-    reset: jax.Array  # bool[T+1,B], rows that an auto-reset wastes
+    is_reset_row: jax.Array  # bool[T+1,B], rows that an auto-reset wastes
     reward: jax.Array  # f32[T,B]
     terminated: jax.Array  # bool[T,B]
     behaviour: Behaviour
     last_value: jax.Array  # f32[1,B], V(obs[T]) of the acting parameters, as all values of a rollout are
 
 
-def make_policy(network: nn.Module) -> tuple[Callable, Callable]:
+def make_policy(network):
     """act: (params, obs u8[B,...], key, t) -> Behaviour; last: (params, obs, key) -> what a Rollout has of obs[T]."""
 
     @jax.jit
@@ -287,75 +326,86 @@ def make_policy(network: nn.Module) -> tuple[Callable, Callable]:
         action = jax.random.categorical(jax.random.fold_in(key, t), logits)
         return Behaviour(action, log_prob(logits, action), value)
 
-    return act, lambda params, obs, key: {"last_value": act(params, obs, key, 0).value[None]}  # compiled already
+    def last(params, obs, key):
+        behaviour = act(params, obs, key, 0)  # compiled already
+        return {"last_value": behaviour.value[None]}
+
+    return act, last
 
 
 # === §5 Actor [shared] ================================================================================================
-# what an actor hands to the learner: the version that played, a rollout, (score, length) of the games that ended, times
-Delivery = namedtuple("Delivery", "version rollout games seconds")
+# What an actor hands to the learner: the version that played; the pieces of its rollout, each (shard, Rollout), on the
+# shard's device; the games that ended, each (score, length); {name: seconds}, where the time went.
+Delivery = namedtuple("Delivery", "version pieces games seconds")
 
 
 @contextmanager
-def timed(seconds: dict[str, float], name: str):
+def timed(seconds, name):
     start = time.perf_counter()
     yield
     seconds[name] += time.perf_counter() - start
 
 
-def collect(envs, policy, params, key, num_steps: int, seconds, stopped=None) -> Rollout:
+def collect(envs, policy, params, key, num_steps, seconds, stopped=None):
     """Play `num_steps` steps from where the last rollout ended; NumPy arrays. When `stopped` is set the thread ends."""
     act, last = policy
     obs = np.empty((num_steps + 1, *envs.obs.shape), envs.obs.dtype)  # new each time: device_put may alias it
-    reset = np.empty((num_steps + 1, len(envs.obs)), bool)
+    is_reset_row = np.empty((num_steps + 1, len(envs.obs)), bool)
     reward = np.empty((num_steps, len(envs.obs)), np.float32)
     terminated = np.empty((num_steps, len(envs.obs)), bool)
     behaviour = []
     for t in range(num_steps):
         if stopped and stopped.is_set():
             sys.exit()  # ends this thread alone
-        obs[t], reset[t] = envs.obs, envs.reset
+        obs[t] = envs.obs
+        is_reset_row[t] = envs.is_reset_row
         with timed(seconds, "inference_time"):
             behaviour.append(jax.device_get(act(params, obs[t], key, t)))
         with timed(seconds, "env_time"):
             reward[t], terminated[t] = envs.step(behaviour[t].action)
-    obs[num_steps], reset[num_steps] = envs.obs, envs.reset
+    obs[num_steps] = envs.obs
+    is_reset_row[num_steps] = envs.is_reset_row
     with timed(seconds, "inference_time"):
         rest = jax.device_get(last(params, obs[num_steps], key))
-    return Rollout(obs, reset, reward, terminated, jax.tree.map(lambda *rows: np.stack(rows), *behaviour), **rest)
+    behaviour = jax.tree.map(lambda *rows: np.stack(rows), *behaviour)
+    return Rollout(obs, is_reset_row, reward, terminated, behaviour, **rest)
 
 
 @contextmanager
-def playing(args: Args, sizes: "Sizes", devices: "Devices", policy, handoff: "HandOff", key, updates: range):
-    """While this lasts, every actor of this process plays the rollouts of `updates`, in a thread of its own.
+def playing(args, sizes, devices, policy, handoff, key, updates):
+    """While this lasts, every actor of this process plays the rollouts of `updates`, each in its own thread.
 
-    It makes its environments anew after every checkpoint, so that a resumed actor meets the same games, and carries
-    nothing random from rollout to rollout. So it can start at the first update, or after any checkpoint.
+    An actor makes its environments anew after every checkpoint, so that a resumed actor meets the same games, and
+    carries nothing random from rollout to rollout. So it can start at the first update, or after any checkpoint.
     """
-    num_envs, env_threads = args.local_num_envs, args.env_threads or max(1, num_cores() // sizes.actors)
+    num_envs = args.local_num_envs
+    env_threads = args.env_threads or max(1, num_cores() // sizes.actors)
 
-    def play(actor_id: int, here: int, key) -> None:  # here: the first environment's number within this process
+    def play(actor_id, first_env, device):  # first_env: counted within this process
         try:
+            actor_key = jax.random.fold_in(jax.device_put(key, device), actor_id)  # away from the learner's programs
             for update in updates:
-                generation, since = divmod(update - 1, args.checkpoint_frequency or sys.maxsize)
-                if since == 0 or update == updates[0]:
-                    handoff.envs[actor_id] = envs = None  # the pool before goes first
+                generation, updates_since_checkpoint = divmod(update - 1, args.checkpoint_frequency or sys.maxsize)
+                if updates_since_checkpoint == 0 or update == updates[0]:
+                    handoff.envs[actor_id] = envs = None  # the previous pool goes first
                     seeds = env_seeds(args.seed, generation, actor_id * num_envs, num_envs)
                     handoff.envs[actor_id] = envs = Envs(make_env(args, seeds, env_threads))
-                envs.games, seconds = [], Counter()
+                envs.games = []
+                seconds = Counter()
                 with timed(seconds, "params_queue_get_time"):
                     version, params = handoff.take_params(actor_id)
-                rollout_key = jax.random.fold_in(jax.random.fold_in(key, actor_id), update)
                 with timed(seconds, "rollout_time"):
+                    rollout_key = jax.random.fold_in(actor_key, update)
                     rollout = collect(envs, policy, params, rollout_key, args.num_steps, seconds, handoff.stopped)
                 with timed(seconds, "storage_time"):
-                    rollout = jax.block_until_ready(ship(rollout, here, sizes.shard_envs, devices))
-                handoff.rollouts[actor_id].put(Delivery(version, rollout, envs.games, seconds))
+                    pieces = jax.block_until_ready(ship(rollout, first_env, sizes.shard_envs, devices))
+                handoff.rollouts[actor_id].put(Delivery(version, pieces, envs.games, seconds))
         except BaseException as error:
             handoff.rollouts[actor_id].put(error)
 
     threads = []
     for i, (actor_id, device) in enumerate(devices.actors.items()):
-        own = (actor_id, i * num_envs, jax.device_put(key, device))  # the key away from the learner's queue
+        own = (actor_id, i * num_envs, device)
         threads.append(threading.Thread(target=play, args=own, name=f"actor {actor_id}", daemon=True))
         threads[i].start()
     try:
@@ -374,45 +424,58 @@ class HandOff:
     spends one per rollout. So the versions acting in updates 1, 2, 3, 4 are 0, 1, 2, 3, or 0, 0, 1, 2 with concurrency.
     """
 
-    def __init__(self, actor_devices: dict[int, jax.Device], concurrency: bool, patience=lambda: np.inf):
-        self.devices, self.concurrency = actor_devices, concurrency
-        self.patience, self.envs = patience, {}  # seconds that one step may take, and of which actor's environments
+    def __init__(self, actor_devices, concurrency, step_timeout=lambda: np.inf):
+        self.devices = actor_devices
+        self.concurrency = concurrency
+        self.step_timeout = step_timeout  # () -> seconds that a step of an actor's environments may take
+        self.envs = dict.fromkeys(actor_devices)  # of each actor; None while they are made
         self.params = {actor_id: queue.SimpleQueue() for actor_id in actor_devices}
         self.rollouts = {actor_id: queue.SimpleQueue() for actor_id in actor_devices}
         self.stopped = threading.Event()
 
-    def give_params(self, version: int, params: Any) -> None:
+    def give_params(self, version, params):
         """Give every actor one token, with the parameters on its own device."""
-        copies = {device: jax.device_put(params, device) for device in dict.fromkeys(self.devices.values())}
         for actor_id, device in self.devices.items():
-            self.params[actor_id].put((version, copies[device]))
+            self.params[actor_id].put((version, jax.device_put(params, device)))
 
-    def take_params(self, actor_id: int) -> tuple[int, Any]:
+    def take_params(self, actor_id):
         """Wait for the next token: (version, parameters ready on the actor's device)."""
         token = self.params[actor_id].get()
         if token is None:
             sys.exit()  # ends this thread alone
-        return token[0], jax.block_until_ready(token[1])
+        version, params = token
+        return version, jax.block_until_ready(params)
 
-    def get_rollouts(self, update: int) -> list[Delivery]:
+    def get_rollouts(self, update):
         """Wait for one delivery of every actor, by id, of the version due. Raises TimeoutError if environments hang."""
         deliveries = []
-        for actor_id, rollouts in self.rollouts.items():
-            delivery = None
-            while delivery is None:
-                with suppress(queue.Empty):
-                    delivery = rollouts.get(timeout=1)
-                envs, limit = self.envs.get(actor_id), self.patience()
-                if delivery is None and envs and time.monotonic() - envs.since > limit:
-                    raise TimeoutError(f"actor {actor_id}: step {envs.steps} of its environments takes over {limit} s")
+        for actor_id in self.rollouts:
+            delivery = self.wait_for_delivery(actor_id)
             if isinstance(delivery, BaseException):
                 raise RuntimeError(f"actor {actor_id} failed: {delivery!r}") from delivery
             deliveries.append(delivery)
-        if (versions := {delivery.version for delivery in deliveries}) != {max(0, update - 1 - self.concurrency)}:
+        versions = {delivery.version for delivery in deliveries}
+        if versions != {max(0, update - 1 - self.concurrency)}:
             raise RuntimeError(f"update {update} got rollouts of versions {sorted(versions)}")
         return deliveries
 
-    def stop(self) -> None:
+    def wait_for_delivery(self, actor_id):
+        """Counts its own waits of a second, not what a clock says: that runs on while the process is frozen."""
+        waited = 0
+        last_step = None
+        while True:
+            with suppress(queue.Empty):
+                return self.rollouts[actor_id].get(timeout=1)
+            envs = self.envs[actor_id]
+            step = "making its environments"
+            if envs is not None:
+                step = f"step {envs.steps_begun} of its environments" if envs.is_stepping else "waiting"
+            waited = waited + 1 if step == last_step else 1
+            last_step = step
+            if waited > self.step_timeout() and step != "waiting":
+                raise TimeoutError(f"actor {actor_id}: {step} takes more than {self.step_timeout()} s")
+
+    def stop(self):
         """Called by the learner: no actor waits or plays on."""
         self.stopped.set()
         for params in self.params.values():
@@ -420,20 +483,20 @@ class HandOff:
 
 
 # === §7 Loss ==========================================================================================================
-# f32[T,B] each: advantage and weight (1 or 0), both 0 in reset rows; target, the return that the value is fitted to
+# f32[T,B] each: advantage; target, the return that the value is fitted to; weight, 1. All are 0 in reset rows.
 Estimate = namedtuple("Estimate", "advantage target weight")
-# M rows of one shard: obs [M,...], Behaviour, and f32[M] advantage (normalised), target, weight (the row's share of
+# M rows of one shard: obs [M,...]; Behaviour; f32[M] each: advantage (normalised), target, weight (the row's share of
 # the global minibatch: those of all shards sum to 1)
 Minibatch = namedtuple("Minibatch", "obs behaviour advantage target weight")
 
 
-def log_prob(logits: jax.Array, action: jax.Array) -> jax.Array:
+def log_prob(logits, action):
     """log pi(action), f32[...,A], i32[...] -> f32[...]."""
     chosen = action[..., None] == jnp.arange(logits.shape[-1])  # no gather: its gradient would be a scatter
     return jnp.sum(jnp.where(chosen, jax.nn.log_softmax(logits), 0.0), axis=-1)
 
 
-def compute_gae(rollout: Rollout, gamma: float, gae_lambda: float) -> Estimate:
+def compute_gae(rollout, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16), which knows terminations from time limits.
 
     The value of the next observation is dropped where an episode terminated; the trace is cut where it ended for any
@@ -442,14 +505,21 @@ def compute_gae(rollout: Rollout, gamma: float, gae_lambda: float) -> Estimate:
     value = jnp.concatenate([rollout.behaviour.value, rollout.last_value])
     next_value = jnp.where(rollout.terminated, 0.0, value[1:])
     delta = rollout.reward + gamma * next_value - value[:-1]
-    trace = jnp.where(rollout.reset[1:], 0.0, gamma * gae_lambda)
-    backward = lambda advantage, row: (row[0] + row[1] * advantage,) * 2  # to carry, and to keep
-    _, advantage = jax.lax.scan(backward, jnp.zeros_like(delta[0]), (delta, trace), reverse=True)
-    keep = lambda x: jnp.where(rollout.reset[:-1], 0.0, x)
-    return Estimate(keep(advantage), keep(advantage + value[:-1]), keep(jnp.ones_like(advantage)))
+    trace = jnp.where(rollout.is_reset_row[1:], 0.0, gamma * gae_lambda)
+
+    def add_row(next_advantage, row):
+        delta, trace = row
+        advantage = delta + trace * next_advantage
+        return advantage, advantage  # to carry, and to keep
+
+    _, advantage = jax.lax.scan(add_row, jnp.zeros_like(delta[0]), (delta, trace), reverse=True)
+    is_reset_row = rollout.is_reset_row[:-1]
+    target = jnp.where(is_reset_row, 0.0, advantage + value[:-1])
+    weight = jnp.where(is_reset_row, 0.0, jnp.ones_like(advantage))
+    return Estimate(jnp.where(is_reset_row, 0.0, advantage), target, weight)
 
 
-def ppo_loss(params, apply, minibatch: Minibatch, args: Args) -> tuple[jax.Array, dict[str, jax.Array]]:
+def ppo_loss(params, apply, minibatch, args):
     """PPO's clipped objective (Schulman et al. 2017, eq. 7 and 9), weighted; the sum over all shards is the loss.
 
     apply: (params, obs) -> (logits f32[M,A], value f32[M]). Every metric is a weighted mean like the loss itself.
@@ -459,286 +529,234 @@ def ppo_loss(params, apply, minibatch: Minibatch, args: Args) -> tuple[jax.Array
     log_ratio = log_prob(logits, minibatch.behaviour.action) - minibatch.behaviour.logprob
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
-    policy_loss = mean(jnp.maximum(-minibatch.advantage * ratio, -minibatch.advantage * clipped))
+    advantage = minibatch.advantage
+    policy_loss = mean(jnp.maximum(-advantage * ratio, -advantage * clipped))
     value_loss = mean(0.5 * jnp.square(value - minibatch.target))
-    entropy = mean(-jnp.sum(jax.nn.softmax(logits) * jax.nn.log_softmax(logits), axis=1))
+    entropies = -jnp.sum(jax.nn.softmax(logits) * jax.nn.log_softmax(logits), axis=1)
+    entropy = mean(entropies)
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+
     error = minibatch.target - minibatch.behaviour.value
     metrics = {"loss": loss, "policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
-    metrics |= {
-        "approx_kl": mean(ratio - 1 - log_ratio),  # Schulman's low-variance estimate, joschu.net/blog/kl-approx
-        "clipfrac": mean(jnp.abs(ratio - 1) > args.clip_coef),
-        "target": mean(minibatch.target),  # and three moments more, of which `summarise` makes explained_variance
-        "target_square": mean(jnp.square(minibatch.target)),
-        "error": mean(error),
-        "error_square": mean(jnp.square(error)),
-    }
+    metrics["approx_kl"] = mean(ratio - 1 - log_ratio)  # Schulman's estimate, joschu.net/blog/kl-approx
+    metrics["clipfrac"] = mean(jnp.abs(ratio - 1) > args.clip_coef)
+    # four moments, of which `summarise` makes explained_variance
+    metrics["target"] = mean(minibatch.target)
+    metrics["target_square"] = mean(jnp.square(minibatch.target))
+    metrics["error"] = mean(error)
+    metrics["error_square"] = mean(jnp.square(error))
     return loss, metrics
 
 
-def summarise(metrics: list[dict[str, np.ndarray]]) -> dict[str, float]:
+def summarise(metrics):
     """Means over the minibatches of an update, and what only such means can say."""
-    mean = {name: float(np.mean([m[name] for m in metrics], dtype=np.float64)) for name in metrics[0]}
-    error = mean.pop("error_square") - mean.pop("error") ** 2
-    target = mean.pop("target_square") - mean.pop("target") ** 2
-    return mean | {"explained_variance": 1 - error / target if target > 0 else 0.0}
+    summary = {}
+    for name in metrics[0]:
+        values = [minibatch_metrics[name] for minibatch_metrics in metrics]
+        summary[name] = float(np.mean(values, dtype=np.float64))
+    error_variance = summary.pop("error_square") - summary.pop("error") ** 2
+    target_variance = summary.pop("target_square") - summary.pop("target") ** 2
+    summary["explained_variance"] = 1 - error_variance / target_variance if target_variance > 0 else 0.0
+    return summary
 
 
 # === §8 Learner =======================================================================================================
-def make_optimizer(args: Args, sizes: "Sizes") -> tuple[optax.GradientTransformation, Callable[[int], float]]:
+def make_optimizer(args, sizes):
     """The optimizer, and the learning rate of update u (from 1): constant in an update, linear to 0 over the run."""
-    learning_rate = lambda u: args.learning_rate * (1 - (u - 1) / sizes.updates if args.anneal_lr else 1)
-    steps = args.update_epochs * args.num_minibatches
-    adam = optax.adam(lambda count: learning_rate(1 + count // steps), eps=1e-5)
+    steps_per_update = args.update_epochs * args.num_minibatches
+
+    def learning_rate(update):
+        if not args.anneal_lr:
+            return args.learning_rate
+        return args.learning_rate * (1 - (update - 1) / sizes.updates)
+
+    def schedule(step):
+        return learning_rate(1 + step // steps_per_update)
+
+    adam = optax.adam(schedule, eps=1e-5)
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), adam), learning_rate
 
 
-# what the minibatches of a shard are drawn from: how many, and of what
-shuffled = lambda args, shard_envs: (args.num_steps * shard_envs, "rows (steps x environments)")
-# the rows `index` (numbered step by step) of [time, env, ...] arrays
-pick = lambda tree, index: jax.tree.map(lambda x: x[index // x.shape[1], index % x.shape[1]], tree)
+def shuffled(args, shard_envs):
+    """What the minibatches of a shard are drawn from: how many, and of what."""
+    return args.num_steps * shard_envs, "rows (steps x environments)"
 
 
-def shuffle(args: Args, rows: int, key, *numbers) -> jax.Array:
-    """Row numbers in the order of an epoch, i32[minibatches, pieces, M]; numbers: those of epoch and shard."""
-    index = jax.random.permutation(reduce(jax.random.fold_in, numbers, key), rows)
-    return index.reshape(args.num_minibatches, args.gradient_accumulation_steps, -1)
+def take_rows(tree, rows):
+    """The rows of [time, env, ...] arrays, numbered step by step."""
+    return jax.tree.map(lambda x: x[rows // x.shape[1], rows % x.shape[1]], tree)
 
 
-def advantage_sums(estimate: Estimate, index, sums=None) -> Any:
-    """What a shard adds to weight and advantage of each minibatch, f32[minibatches]; given their `sums`, to squares."""
-    rows = pick(estimate, index)
-    if sums is None:
-        return {"weight": rows.weight.sum((1, 2)), "advantage": (rows.weight * rows.advantage).sum((1, 2))}
+def shuffle(args, num_rows, key, epoch, shard):
+    """Row numbers of a shard in the order of an epoch, i32[minibatches, pieces, M]."""
+    key = jax.random.fold_in(jax.random.fold_in(key, epoch), shard)
+    rows = jax.random.permutation(key, num_rows)
+    return rows.reshape(args.num_minibatches, args.gradient_accumulation_steps, -1)
+
+
+def minibatch_sums(estimate, rows):
+    """This shard's part of the weight and of the advantage of each minibatch, f32[minibatches] each."""
+    taken = take_rows(estimate, rows)
+    weighted = taken.weight * taken.advantage
+    return {"weight": taken.weight.sum((1, 2)), "advantage": weighted.sum((1, 2))}
+
+
+def minibatch_squares(estimate, rows, sums):
+    """This shard's part of the squared deviations from the global mean of each minibatch, f32[minibatches]."""
+    taken = take_rows(estimate, rows)
     mean = sums["advantage"] / jnp.maximum(sums["weight"], 1.0)
-    return (rows.weight * jnp.square(rows.advantage - mean[:, None, None])).sum((1, 2))
+    deviation = taken.advantage - mean[:, None, None]
+    return (taken.weight * jnp.square(deviation)).sum((1, 2))
 
 
-def shard_gradient(network, args: Args, params, rollout: Rollout, estimate: Estimate, index, sums, squares, at):
-    """Gradient and metrics of one piece of a minibatch, `at` = (minibatch, piece), to be added to all the others."""
-    row, obs, behaviour = pick((estimate, rollout.obs, rollout.behaviour), index[at])
-    weight = jnp.maximum(sums["weight"][at[0]], 1.0)
-    mean, deviation = sums["advantage"][at[0]] / weight, jnp.sqrt(squares[at[0]] / weight)
-    advantage = (row.advantage - mean) / (deviation + 1e-8) if args.norm_adv else row.advantage
-    minibatch = Minibatch(obs, behaviour, advantage, row.target, row.weight / weight)
-    (_, metrics), gradient = jax.value_and_grad(ppo_loss, has_aux=True)(params, network.apply, minibatch, args)
+# What the gradients of one shard are computed from in an epoch: its Rollout, its Estimate, the order of its rows,
+# i32[minibatches, pieces, M], and the sums and squares of the advantages of every global minibatch.
+ShardData = namedtuple("ShardData", "rollout estimate rows sums squares")
+
+
+def shard_gradient(network, args, params, data: ShardData, minibatch, piece):
+    """Gradient and metrics of one piece of a shard's part of a minibatch, to be added to all the others."""
+    rollout, estimate, rows, sums, squares = data
+    row, obs, behaviour = take_rows((estimate, rollout.obs, rollout.behaviour), rows[minibatch, piece])
+    weight = jnp.maximum(sums["weight"][minibatch], 1.0)
+    advantage = row.advantage
+    if args.norm_adv:
+        mean = sums["advantage"][minibatch] / weight
+        deviation = jnp.sqrt(squares[minibatch] / weight)
+        advantage = (advantage - mean) / (deviation + 1e-8)
+    rows = Minibatch(obs, behaviour, advantage, row.target, row.weight / weight)
+    (_, metrics), gradient = jax.value_and_grad(ppo_loss, has_aux=True)(params, network.apply, rows, args)
     return gradient, metrics
 
 
-def make_update(args: Args, network: nn.Module, devices: "Devices", sizes: "Sizes") -> Callable:
+def make_update(args, network, devices, sizes):
     """The learner: (states, rollouts, key) -> (states, metrics of every minibatch).
 
     states: one TrainState, the same on every local learner device; rollouts: one of every local shard, on its device.
     Epochs and minibatches are a Python loop: in `lax.scan` a convolution's gradient is ten times slower on a CPU. All
     arithmetic is in programs for one device and of fixed shape, so its bits do not depend on the topology.
     """
-    estimate = jax.jit(lambda rollout: compute_gae(rollout, args.gamma, args.gae_lambda))
-    permute = jax.jit(partial(shuffle, args, shuffled(args, sizes.shard_envs)[0]))
-    advantages, gradient = jax.jit(advantage_sums), jax.jit(partial(shard_gradient, network, args))
-    accumulate = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
-    step = jax.jit(lambda state, grads: (state.apply_gradients(grads=grads), optax.tree.norm(grads)))
-    total, pieces = make_total(devices), range(args.gradient_accumulation_steps)
+    shards = devices.shards
+    estimate_advantages = jax.jit(lambda rollout: compute_gae(rollout, args.gamma, args.gae_lambda))
+    num_rows, _ = shuffled(args, sizes.shard_envs)
+    shuffle_rows = jax.jit(partial(shuffle, args, num_rows))
+    local_sums = jax.jit(minibatch_sums)
+    local_squares = jax.jit(minibatch_squares)
+    piece_gradient = jax.jit(partial(shard_gradient, network, args))
+    add_trees = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+    sum_over_shards = make_sum_over_shards(devices)  # [part of each local shard] -> [sum, on each local learner device]
 
-    def minibatch_gradient(params, shard, minibatch):
-        return reduce(accumulate, (gradient(params, *shard, (minibatch, i)) for i in pieces))
+    @jax.jit
+    def apply_gradient(state, gradient):
+        return state.apply_gradients(grads=gradient), optax.tree.norm(gradient)
+
+    def minibatch_gradient(params, data, minibatch):
+        """Gradient and metrics of one shard's part of a minibatch, its pieces added up one after the other."""
+        total = piece_gradient(params, data, minibatch, 0)
+        for piece in range(1, args.gradient_accumulation_steps):
+            total = add_trees(total, piece_gradient(params, data, minibatch, piece))
+        return total
+
+    def shuffle_shards(rollouts, estimates, keys, epoch):
+        """For every shard, on its device: the order of an epoch, and the statistics of its global minibatches."""
+        rows = [shuffle_rows(keys[shard.learner], epoch, shard.number) for shard in shards]
+        sums = sum_over_shards([local_sums(*pair) for pair in zip(estimates, rows, strict=True)])
+        sums = [sums[shard.learner] for shard in shards]
+        squares = sum_over_shards([local_squares(*triple) for triple in zip(estimates, rows, sums, strict=True)])
+        squares = [squares[shard.learner] for shard in shards]
+        return [ShardData(*columns) for columns in zip(rollouts, estimates, rows, sums, squares, strict=True)]
 
     def update(states, rollouts, key):
-        on = devices.of_shard  # on[i]: the place of the i-th shard's device among the local learner devices
         keys = [jax.device_put(key, device) for device in devices.learners]
-        estimates, metrics = [estimate(rollout) for rollout in rollouts], []
+        estimates = [estimate_advantages(rollout) for rollout in rollouts]
+        metrics = []
         for epoch in range(args.update_epochs):
-            index = [permute(keys[d], epoch, devices.first_shard + i) for i, d in enumerate(on)]
-            sums = total([advantages(e, i) for e, i in zip(estimates, index, strict=True)])
-            squares = total([advantages(e, i, sums[d]) for e, i, d in zip(estimates, index, on, strict=True)])
-            shards = [(*shard, sums[d], squares[d]) for d, *shard in zip(on, rollouts, estimates, index, strict=True)]
-            for m in range(args.num_minibatches):
-                parts = [minibatch_gradient(states[d].params, shard, m) for d, shard in zip(on, shards, strict=True)]
-                grads, values = zip(*total(parts), strict=True)
-                before, (states, norms) = states, zip(*map(step, states, grads), strict=True)
-                metrics.append(values[0] | {"grad_norm": norms[0]})
-                jax.block_until_ready(before)  # one step ahead, so that an actor on the same device comes in between
+            shard_data = shuffle_shards(rollouts, estimates, keys, epoch)
+            for minibatch in range(args.num_minibatches):
+                parts = []
+                for shard, data in zip(shards, shard_data, strict=True):
+                    parts.append(minibatch_gradient(states[shard.learner].params, data, minibatch))
+                totals = sum_over_shards(parts)
+
+                previous_states = states
+                states = []
+                for state, (gradient, minibatch_metrics) in zip(previous_states, totals, strict=True):
+                    state, minibatch_metrics["grad_norm"] = apply_gradient(state, gradient)
+                    states.append(state)
+                metrics.append(minibatch_metrics)  # of the last learner: all have the same bits
+                # Queue one step ahead and no more, so that an actor on the same device gets its turn.
+                jax.block_until_ready(previous_states)
         return states, metrics
 
     return update
 
 
 # === §9 Train [shared] ================================================================================================
-def train(args: Args, heard: Collection[int] = ()) -> dict[str, Any]:
-    """A run, or this process's part of it, until a signal is `heard`; returns its summary.json. Raises FlagError."""
-    sizes, devices, record = set_up(args)
-    with nullcontext() if global_state.process_id else Report(args, sizes, record) as report:
+def train(args, signals_received=()):
+    """A run, or this process's part of it. `signals_received`: so far. Returns summary.json; raises FlagError."""
+    args = with_tuples(args)
+    sizes, devices, record = set_up(args, signals_received)
+    report_class = NoReport if global_state.process_id else Report  # process 0 alone keeps and shows something
+    with in_all_processes(report_class, args, sizes, record) as report:
         actor_key, learner_key, params_key = jax.random.split(jax.random.key(args.seed), 3)
-        network, (optimizer, learning_rate) = make_network(args), make_optimizer(args, sizes)
-        quick = {"xla_backend_optimization_level": 0}  # runs once: the default would compile for seconds
-        params = jax.jit(network.init, compiler_options=quick)(params_key, np.zeros((1, *env_spec(args)[0])))
-        params = params if args.load_model is None else load_params(args, params)
-        state = jax.jit(partial(TrainState.create, apply_fn=network.apply, tx=optimizer))(params=params)
-        done, (state, previous) = restore(args, report.data if report else b"", (state, params))
-        states = [jax.device_put(state, device) for device in devices.learners]
-        learn, updates = make_update(args, network, devices, sizes), range(done + 1, sizes.updates + 1)
-        patience, status = lambda: 4 if heard else args.actor_timeout, "finished"  # who asks for an end waits less
-        handoff = HandOff(devices.actors, args.concurrency, patience)
-        print(f"{done} of {sizes.updates} updates of {sizes.steps} steps are done; making environments", flush=True)
+        network = make_network(args)
+        optimizer, learning_rate = make_optimizer(args, sizes)
+        done, state, previous_params = start_or_restore(args, network, optimizer, params_key, report.checkpoint)
+        in_all_processes(report.begin)
 
+        states = [jax.device_put(state, device) for device in devices.learners]
+        learn = make_update(args, network, devices, sizes)
+        updates = range(done + 1, sizes.updates + 1)
+        status = "finished"
+
+        def step_timeout():
+            return 4 if signals_received else args.actor_timeout  # whoever wants to end does not wait for a hung step
+
+        handoff = HandOff(devices.actors, args.concurrency, step_timeout)
         with playing(args, sizes, devices, make_policy(network), handoff, actor_key, updates):
             if args.concurrency:
-                handoff.give_params(max(0, done - 1), previous)
+                handoff.give_params(max(0, done - 1), previous_params)
             handoff.give_params(done, state.params)
+
             for update in updates:
-                seconds = Counter()
-                with timed(seconds, "rollout_queue_get_time"):
+                stats = Counter()
+                with timed(stats, "rollout_queue_get_time"):
                     deliveries = handoff.get_rollouts(update)
                 if update == updates[0]:
-                    if len({*share(params_sha256(states[0].params))}) > 1:  # all are here now, as Gloo wants it
-                        raise RuntimeError("the processes start from different parameters")
+                    check_same_params(states[0].params, "at the start")  # all are here now, as Gloo wants it
                     print("the first rollouts are here; compiling what learns from them", flush=True)
-                with timed(seconds, "training_time"):
-                    updated = learn(states, assemble(deliveries), jax.random.fold_in(learner_key, update))
-                    previous, (states, metrics) = states[0].params, jax.block_until_ready(updated)
+
+                with timed(stats, "training_time"):
+                    previous_params = states[0].params
+                    update_key = jax.random.fold_in(learner_key, update)
+                    states, metrics = learn(states, assemble(deliveries), update_key)
+                    jax.block_until_ready((states, metrics))
                 handoff.give_params(update, states[0].params)
-                news = share([signal.SIGTERM in heard, [(d.games, d.seconds) for d in deliveries]])
-                if report:
-                    due = update == sizes.updates or update % (args.checkpoint_frequency or sizes.updates) == 0
-                    lag, rate = update - 1 - deliveries[0].version, learning_rate(update)
-                    report.update(news, due, lag, rate, seconds, metrics, states[0].params)
-                    if due:
-                        report.save(update, (states[0], previous))
-                if signal.SIGINT in heard:  # where its exception is lost: inside a callback of the garbage collector
+
+                actors = [(delivery.games, delivery.seconds) for delivery in deliveries]
+                messages = share([signal.SIGTERM in signals_received, actors])
+                checkpoint_due = update == sizes.updates or update % (args.checkpoint_frequency or sizes.updates) == 0
+                stats["policy_lag"] = update - 1 - deliveries[0].version
+                report.update(messages, checkpoint_due, learning_rate(update), stats, metrics, states[0].params)
+                if checkpoint_due:
+                    check_same_params(states[0].params, f"after update {update}")
+                    report.save(update, (states[0], previous_params))
+
+                if signal.SIGINT in signals_received:  # its exception was lost in a callback of the garbage collector
                     raise KeyboardInterrupt
-                if any(told for told, _ in news):
+                if any(wants_to_end for wants_to_end, _ in messages):
                     status = "preempted"
                     break
-        if len({*share(params_sha256(states[0].params))}) > 1:
-            raise RuntimeError("the processes end with different parameters")
-        if report:
-            report.end(status, network, states[0].params, heard)
-    share("closed")  # else the others wait in JAX's own barrier, whose patience is shorter
-    return report.summary if report else {"status": status}
+
+        check_same_params(states[0].params, "at the end")
+        report.end(status, network, states[0].params, signals_received)
+    share("closed")  # else the others wait in JAX's own barrier, whose timeout is shorter
+    return report.summary
 
 
 # === The stairs: above, what is learned; below, where it runs, what is kept, what is shown ============================
-# === §10 Flags, processes, devices [shared] ===========================================================================
-# what the flags amount to: actors of this process, T * B, environments of a shard, updates of the run
-Sizes = namedtuple("Sizes", "actors steps shard_envs updates")
-# where: {actor_id: device} and learner devices of this process, the mesh of all learner devices, this process's first
-# shard, and of each of its shards the place of its device among `learners`
-Devices = namedtuple("Devices", "actors learners mesh first_shard of_shard")
-num_cores = lambda: len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class FlagError(ValueError):
-    """A flag whose value cannot work; the message names the flag, its value, the rule and a value that works."""
-
-    def __init__(self, flag: str, value: Any, rule: str, instead: Any):
-        show = lambda x: (" ".join(map(str, x)) or "(empty)") if isinstance(x, tuple | list) else str(x)
-        flag = "--" + flag.replace("_", "-") if flag in Args.__dataclass_fields__ else flag
-        super().__init__(f"{flag} {show(value)}: {rule}. For example: {flag} {show(instead)}")
-
-
-def require(ok: Any, args: Args, flag: str, rule: str, instead: Any) -> None:
-    """Raise FlagError about `flag` unless `ok`."""
-    if not ok:
-        raise FlagError(flag, getattr(args, flag), rule, instead)
-
-
-def check_args(args: Args, num_processes: int = 1) -> Sizes:
-    """Hold the flags against their rules and each other, before anything is built. Raises FlagError."""
-    for flag, kind in get_type_hints(Args, include_extras=True).items():
-        if rule := getattr(kind, "__metadata__", None):
-            require(rule[1](getattr(args, flag)), args, flag, rule[0], getattr(Args, flag))
-    require(not args.track or find_spec("wandb"), args, "track", "needs pip install wandb or uv run --with wandb", 0)
-
-    def divides(flag: str, number: int, what: str, learners: int = 1) -> int:
-        value, many = getattr(args, flag), f" and be a multiple of the {learners} learner devices" * (learners > 1)
-        fitting = [d for d in range(learners, number + 1, learners) if number % d == 0]
-        whole = max(unit := learners * args.num_minibatches, args.local_num_envs // unit * unit)
-        instead = min(fitting, key=lambda d: abs(d - value), default=f"{learners} --local-num-envs {whole}")
-        require(value in fitting, args, flag, f"must divide the {number} {what}{many}", instead)
-        return number // value
-
-    actors = args.num_actor_threads * len(args.actor_device_ids)
-    envs, learners = actors * args.local_num_envs * num_processes, len(args.learner_device_ids) * num_processes
-    shard_envs = divides("num_shards", envs, "environments of a batch", learners)
-    units, what = shuffled(args, shard_envs)
-    part = divides("num_minibatches", units, f"{what} of a shard")
-    divides("gradient_accumulation_steps", part, f"{what} that a shard gives to a minibatch")
-    steps = envs * args.num_steps
-    require(args.total_timesteps >= steps, args, "total_timesteps", f"an update takes {steps} steps", steps)
-    env_spec(args)
-    return Sizes(actors, steps, shard_envs, args.total_timesteps // steps)
-
-
-def join(args: Args) -> None:
-    """Be one of the processes of a run, if the flags speak of any. Raises FlagError."""
-    place = (args.coordinator_address, args.num_processes, args.process_id)
-    if not args.distributed and place == (None, None, None):
-        return
-    others = [i for i in range(args.num_processes or 0) if i != args.process_id]
-    print(f"waiting {args.peer_timeout} s at most for the processes {others} ({args.coordinator_address})", flush=True)
-    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is the run's own
-    visible = sorted({*args.actor_device_ids, *args.learner_device_ids})
-    patience = dict(initialization_timeout=args.peer_timeout, heartbeat_timeout_seconds=args.peer_timeout)
-    try:
-        jax.distributed.initialize(*place, visible, **patience, shutdown_timeout_seconds=10)
-    except (ValueError, IndexError) as error:
-        rule = f"where no cluster tells them, HOST:PORT and two numbers are needed ({error})"
-        raise FlagError("coordinator_address", place, rule, "10.0.0.1:9876 --num-processes 2 --process-id 0") from None
-
-
-def share(value: Any, rounds=count(1)) -> list:  # noqa: B008 - counts on, for this process
-    """Everyone's `value` (JSON), by rank. Every process must call this at the same point of the run."""
-    rank, size, client = global_state.process_id, global_state.num_processes, global_state.client
-    if size == 1:
-        return [value]
-    number = next(rounds)
-
-    def get(other: int) -> Any:
-        while True:  # in short waits: between them Python hears Ctrl-C
-            try:
-                return json.loads(client.blocking_key_value_get(f"cleanba/{number}/{other}", 1000))
-            except jax.errors.JaxRuntimeError as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
-                    raise
-
-    if rank == 0:  # collects, so n processes make 3 n calls
-        value = [value, *map(get, range(1, size))]
-        client.key_value_delete(f"cleanba/{number - 1}")  # who came to this round has read the one before
-    client.key_value_set(f"cleanba/{number}/{rank}", json.dumps(value))
-    return get(0)
-
-
-def set_up(args: Args) -> tuple[Sizes, Devices, dict[str, Any]]:
-    """Meet the other processes, hold their flags against each other, find the devices. Raises FlagError."""
-    join(args)
-    rank, processes = global_state.process_id, global_state.num_processes
-    sizes, here = check_args(args, processes), jax.local_devices()
-    cpu, ids = here[0].platform == "cpu", sorted({*args.actor_device_ids, *args.learner_device_ids})
-    # of many processes on GPUs, each sees the devices that it names and no others
-    local = dict(zip(range(len(here)) if processes == 1 or cpu else ids, here, strict=False))
-    for flag in ("actor_device_ids", "learner_device_ids"):
-        require(local.keys() >= {*getattr(args, flag)}, args, flag, f"the devices here are {[*local]}", min(local))
-    around = {"script": Path(__file__).stem, "device": here[0].device_kind} | VERSIONS
-    around |= {"threads of XLA (NPROC)": max(int(os.environ.get("NPROC", num_cores())), len(here))} if cpu else {}
-    record = json.loads(json.dumps({"args": asdict(args), "actors": sizes.actors * processes, "around": around}))
-    same = {name: value for name, value in record["args"].items() if name not in OWN_FLAGS}
-    same |= {name: len(same[name]) for name in ("actor_device_ids", "learner_device_ids")}
-    learners = [local[i] for i in args.learner_device_ids]
-    everyone = share([same | around, [device.id for device in learners]])
-    for other, (theirs, _) in enumerate(everyone):
-        for name, value in everyone[0][0].items():
-            if theirs[name] != value:
-                raise FlagError(name, theirs[name], f"process {other} differs from process 0, which has {value}", value)
-    by_id = {device.id: device for device in jax.devices()}
-    mesh = Mesh(np.array([by_id[i] for _, ids in everyone for i in ids]), ("learner",))
-    owners = [i for i in range(len(learners)) for _ in range(args.num_shards // mesh.size)]
-    actors = [local[i] for i in args.actor_device_ids for _ in range(args.num_actor_threads)]
-    names = {"actors": [*map(str, dict.fromkeys(actors))], "learners": [*map(str, mesh.devices)]}
-    record |= {"processes": processes, "devices": names}
-    actors = dict(enumerate(actors, rank * sizes.actors))
-    return sizes, Devices(actors, learners, mesh, rank * len(owners), owners), record
-
-
-def tree_sum(parts: list, while_even: bool = False) -> list:
+# === §10 The reproducible sum [shared] ================================================================================
+def tree_sum(parts, while_even: bool = False):
     """Sum by a balanced binary tree: neighbours are added, level by level, and an odd last one moves up as it is."""
     while len(parts) > 1 and not (while_even and len(parts) % 2):
         sums = [jax.tree.map(jnp.add, a, b) for a, b in zip(parts[::2], parts[1::2], strict=False)]
@@ -746,354 +764,819 @@ def tree_sum(parts: list, while_even: bool = False) -> list:
     return parts
 
 
-def make_total(devices: Devices) -> Callable[[list], list]:
+def make_sum_over_shards(devices):
     """The sum over all shards: takes what each local shard adds (a tree), returns the sum on each local learner device.
 
     One binary tree over the shard index, the same for any number of devices, and so are the bits. A device adds up its
     own shards as far as the tree has them together. Of these vectors an all-to-all gives device d the d-th slices, an
     all-gather brings the finished sums back: each of n devices sends 2 (n - 1) / n vectors, as in a ring all-reduce.
     """
-    alone = jax.jit(lambda *parts: tree_sum(list(parts))[0])
-    if devices.mesh.size == 1:
-        return lambda parts: [alone(*parts)]
-    cut = lambda *axes: NamedSharding(devices.mesh, PartitionSpec(*axes))
+    num_devices = devices.mesh.size
+    if num_devices == 1:
+        add_all = jax.jit(lambda *parts: tree_sum(list(parts))[0])
+        return lambda parts: [add_all(*parts)]
+
+    rows_sharded = NamedSharding(devices.mesh, PartitionSpec("learner"))
+    columns_sharded = NamedSharding(devices.mesh, PartitionSpec(None, "learner"))
+    replicated = NamedSharding(devices.mesh, PartitionSpec())
 
     @jax.jit
-    def lower(*parts):  # f32[vectors, size], padded to a multiple of the number of devices
-        rows = jnp.stack([ravel_pytree(part)[0] for part in tree_sum(list(parts), while_even=True)])
-        return jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % devices.mesh.size)))
+    def add_own(*parts):  # -> f32[vectors, size], padded to a multiple of the number of devices
+        vectors = [ravel_pytree(part)[0] for part in tree_sum(list(parts), while_even=True)]
+        rows = jnp.stack(vectors)
+        return jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % num_devices)))
 
-    @partial(jax.jit, out_shardings=cut())
-    def across(rows):
-        slices = jax.lax.with_sharding_constraint(rows, cut(None, "learner"))
-        return jax.lax.with_sharding_constraint(tree_sum(list(slices))[0], cut("learner"))
+    @partial(jax.jit, out_shardings=replicated)
+    def add_across(rows):
+        slices = jax.lax.with_sharding_constraint(rows, columns_sharded)
+        total = tree_sum(list(slices))[0]
+        return jax.lax.with_sharding_constraint(total, rows_sharded)
 
-    unravel = jax.jit(lambda flat, like: ravel_pytree(like)[1](flat[: sum(x.size for x in jax.tree.leaves(like))]))
+    @jax.jit
+    def unravel(vector, like):
+        flat, to_tree = ravel_pytree(like)
+        return to_tree(vector[: flat.size])
 
-    def total(parts: list) -> list:
-        own = len(parts) // len(devices.learners)
-        sums = [lower(*parts[i : i + own]) for i in range(0, len(parts), own)]
+    def sum_over_shards(parts):
+        shards_each = len(parts) // len(devices.learners)
+        own_sums = [add_own(*parts[i : i + shards_each]) for i in range(0, len(parts), shards_each)]
         if devices.learners[0].platform == "cpu":  # with 32 programs under way XLA blocks: a deadlock at a collective
-            jax.block_until_ready(sums)
-        shape = (devices.mesh.size * sums[0].shape[0], sums[0].shape[1])
-        whole = across(jax.make_array_from_single_device_arrays(shape, cut("learner"), sums))
-        here = {shard.device: shard.data for shard in whole.addressable_shards}
-        return [unravel(here[device], parts[i * own]) for i, device in enumerate(devices.learners)]
+            jax.block_until_ready(own_sums)
+        vectors, size = own_sums[0].shape
+        rows = jax.make_array_from_single_device_arrays((num_devices * vectors, size), rows_sharded, own_sums)
+        totals = {shard.device: shard.data for shard in add_across(rows).addressable_shards}
+        return [unravel(totals[device], parts[i * shards_each]) for i, device in enumerate(devices.learners)]
 
-    return total
-
-
-def ship(rollout: Rollout, first_env: int, shard_envs: int, devices: Devices) -> list[tuple[int, Rollout]]:
-    """Cut a rollout at the borders of shards, send each piece to its shard's device; all numbers are this process's."""
-    shard = (first_env + np.arange(rollout.reward.shape[1])) // shard_envs  # of each environment
-    pieces = {i: slice(*np.searchsorted(shard, (i, i + 1))) for i in np.unique(shard).tolist()}
-    cut = lambda own: jax.tree.map(lambda x: x[:, own], rollout)
-    return [(i, jax.device_put(cut(own), devices.learners[devices.of_shard[i]])) for i, own in pieces.items()]
+    return sum_over_shards
 
 
-def assemble(deliveries: list[Delivery]) -> list[Rollout]:
+def ship(rollout, first_env, shard_envs, devices):
+    """Cut a rollout at the borders of shards and send each piece to its shard's device; numbers are this process's."""
+    num_envs = rollout.reward.shape[1]
+    shard_of_env = (first_env + np.arange(num_envs)) // shard_envs
+    pieces = []
+    for shard in np.unique(shard_of_env).tolist():
+        start, end = np.searchsorted(shard_of_env, (shard, shard + 1))
+        piece = jax.tree.map(lambda x, envs=slice(start, end): x[:, envs], rollout)
+        learner = devices.shards[shard].learner
+        pieces.append((shard, jax.device_put(piece, devices.learners[learner])))
+    return pieces
+
+
+def assemble(deliveries):
     """The rollout of every shard of this process, put together from the pieces that the actors shipped."""
-    shards = defaultdict(list)
-    for shard, piece in (piece for delivery in deliveries for piece in delivery.rollout):
-        shards[shard].append(piece)
-    join = lambda *leaves: jnp.concatenate(leaves, axis=1) if len(leaves) > 1 else leaves[0]
-    return [jax.tree.map(join, *shards[shard]) for shard in sorted(shards)]
+    pieces_of_shard = defaultdict(list)
+    for delivery in deliveries:
+        for shard, piece in delivery.pieces:
+            pieces_of_shard[shard].append(piece)
+    concatenate = partial(jax.tree.map, lambda *leaves: jnp.concatenate(leaves, axis=1))
+    return [concatenate(*pieces) for _, pieces in sorted(pieces_of_shard.items())]
 
 
-# === §11 Run directory, checkpoints [shared] ==========================================================================
-# flags that each process has for itself, and those that may change on resume: where a run is, and what is kept of it
-OWN_FLAGS = {"coordinator_address", "num_processes", "process_id", "distributed", "env_threads"}
-FREE_FLAGS = OWN_FLAGS | {"num_actor_threads", "actor_device_ids", "learner_device_ids", "peer_timeout", "exp_name"}
-FREE_FLAGS |= {"track", "wandb_project_name", "wandb_entity", "log_frequency", "keep_checkpoints", "actor_timeout"}
-FREE_FLAGS |= {"resume", "start_fresh", "save_model", "eval_episodes"}
-find_checkpoints = lambda run: sorted((run / "checkpoints").glob("*.msgpack"), key=lambda path: int(path.stem))
-VERSIONS = {name: package_version(name) for name in ("jax", "jaxlib", "flax", "optax", "envpool", "numpy")}
-VERSIONS |= {"python": sys.version.split()[0]}
+# === §11 Flags, processes, devices [shared] ===========================================================================
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "envpool", "numpy")
+VERSIONS = {name: package_version(name) for name in PACKAGES} | {"python": sys.version.split()[0]}
+# what else may change bits: environment variables, and JAX's own settings
+ENVIRONMENT = "XLA_FLAGS LIBTPU_INIT_ARGS NVIDIA_TF32_OVERRIDE".split()
+JAX_SETTINGS = """
+    jax_enable_x64 jax_default_matmul_precision jax_numpy_dtype_promotion jax_allow_f16_reductions jax_disable_jit
+    jax_default_prng_impl jax_threefry_partitionable jax_threefry_gpu_kernel_lowering jax_random_seed_offset
+    jax_high_dynamic_range_gumbel jax_use_direct_linearize jax_softmax_custom_jvp jax_compiler_enable_remat_pass
+    jax_disable_most_optimizations jax_optimization_level jax_memory_fitting_level jax_enable_pgle
+""".split()
+# flags that each process has for itself
+PER_PROCESS_FLAGS = """
+    coordinator_address num_processes process_id distributed env_threads actor_device_ids learner_device_ids
+""".split()
+# flags that may change on resume: where a run is, and what is kept and shown of it
+FLAGS_FREE_ON_RESUME = """
+    coordinator_address num_processes process_id distributed env_threads actor_device_ids learner_device_ids
+    num_actor_threads peer_timeout actor_timeout exp_name track wandb_project_name wandb_entity log_frequency
+    keep_checkpoints resume start_fresh load_model save_model eval_episodes
+""".split()
 
 
-def params_sha256(params: Any) -> str:
+# What the flags amount to: actors of this process, steps of an update (T * B over all processes), environments of a
+# shard, updates of the run.
+Sizes = namedtuple("Sizes", "actors steps shard_envs updates")
+# A shard: its number within the whole run, which seeds its shuffle, and which of this process's learners holds it.
+Shard = namedtuple("Shard", "number learner")
+# Which device does what: {actor_id: device} and learner devices of this process, the mesh of all learner devices, and
+# this process's shards, a list of Shard.
+Devices = namedtuple("Devices", "actors learners mesh shards")
+
+
+class FlagError(ValueError):
+    """A flag whose value cannot work; the message names the flag, its value, the rule and a value that works."""
+
+
+def flag_error(flag, value, rule, example):
+    def show(value):
+        return " ".join(map(str, np.ravel(value))) or "(empty)"  # a tuple as it is typed
+
+    if flag in Args.__dataclass_fields__:
+        flag = "--" + flag.replace("_", "-")
+    return FlagError(f"{flag} {show(value)}: {rule}. For example: {flag} {show(example)}")
+
+
+def require(condition, args, flag, rule, example):
+    """Raise FlagError about `flag` unless `condition`."""
+    if not condition:
+        raise flag_error(flag, getattr(args, flag), rule, example)
+
+
+def with_tuples(args):
+    """Lists, as a notebook or a JSON file has them, become the tuples that flags are."""
+    tuples = {flag: tuple(value) for flag, value in vars(args).items() if isinstance(value, list)}
+    return replace(args, **tuples)
+
+
+def check_args(args, num_processes=1):
+    """Hold the flags against their rules and each other, before anything is built. Raises FlagError."""
+    for flag, kind in get_type_hints(Args, include_extras=True).items():
+        value = getattr(args, flag)
+        default = getattr(Args, flag)
+        is_plain = type(value) is type(default) or default is None
+        require(is_plain, args, flag, f"must be of the type {type(default).__name__}", default)
+        if hasattr(kind, "__metadata__"):
+            rule, is_met = kind.__metadata__
+            require(is_met(value), args, flag, rule, default)
+    rule = "needs the package wandb: pip install wandb, or uv run --with wandb"
+    require(not args.track or find_spec("wandb"), args, "track", rule, False)
+
+    actors = args.num_actor_threads * len(args.actor_device_ids)
+    envs = actors * args.local_num_envs * num_processes
+    learners = len(args.learner_device_ids) * num_processes
+    unit = learners * args.num_minibatches
+    example = f"{learners} --local-num-envs {max(unit, args.local_num_envs // unit * unit)}"
+    rule = f"must divide the {envs} environments of a batch and be a multiple of the learner devices ({learners})"
+    fits = args.num_shards % learners == 0 and envs % args.num_shards == 0
+    require(fits, args, "num_shards", rule, example)
+    shard_envs = envs // args.num_shards
+    number, units = shuffled(args, shard_envs)
+    part = divide(number, args, "num_minibatches", f"{units} of a shard")
+    divide(part, args, "gradient_accumulation_steps", f"{units} that a shard gives to a minibatch")
+    steps = envs * args.num_steps
+    require(args.total_timesteps >= steps, args, "total_timesteps", f"an update takes {steps} steps", steps)
+    env_spec(args)
+    return Sizes(actors, steps, shard_envs, args.total_timesteps // steps)
+
+
+def divide(number, args, flag, what):
+    """`number` divided by the flag's value. Raises FlagError, with the next smaller divisor, if that leaves a rest."""
+    value = getattr(args, flag)
+    divisor = next(d for d in range(min(value, number), 0, -1) if number % d == 0)
+    require(value == divisor, args, flag, f"must divide the {number} {what}", divisor)
+    return number // value
+
+
+def join(args, signals_received):
+    """Become one of the processes of a run, if the flags speak of any. Raises FlagError."""
+    address = args.coordinator_address
+    place = (address, args.num_processes, args.process_id)
+    if not args.distributed and set(place) == {None}:
+        return
+    example = "10.0.0.1:9876 --num-processes 2 --process-id 0"
+    is_address = address is None or re.fullmatch(r"\S+:\d{1,5}", address)
+    require(is_address, args, "coordinator_address", "must be HOST:PORT", example)
+    if address is not None and args.process_id == 0:
+        try:
+            socket.create_server(("", int(address.rpartition(":")[2]))).close()
+        except (OSError, OverflowError) as error:
+            rule = f"each run needs a port of its own, and this one cannot be used ({error})"
+            raise flag_error("coordinator_address", address, rule, example) from None
+
+    print(f"waiting at most {args.peer_timeout} s for the other processes of the run", flush=True)
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is the run's own
+    visible = sorted({*args.actor_device_ids, *args.learner_device_ids})
+    timeouts = dict(initialization_timeout=args.peer_timeout, heartbeat_timeout_seconds=args.peer_timeout)
+    connect = partial(jax.distributed.initialize, *place, visible, **timeouts, shutdown_timeout_seconds=10)
+    connecting = ThreadPoolExecutor(1).submit(connect)  # so that this thread hears signals
+    while not connecting.done():
+        wait([connecting], timeout=0.5)
+        if signals_received:
+            sys.exit(128 + signal.SIGTERM)
+    try:
+        connecting.result()
+    except (ValueError, IndexError) as error:
+        rule = f"no cluster says where the processes are, so all three flags are needed ({error})"
+        raise flag_error("coordinator_address", address, rule, example) from None
+
+
+share_rounds = count(1)
+
+
+def share(value):
+    """Everyone's `value` (JSON), by process. Every process must call this at the same point of the run."""
+    rank = global_state.process_id
+    client = global_state.client
+    if global_state.num_processes == 1:
+        return [value]
+    number = next(share_rounds)
+
+    def get(process):
+        while True:  # in short waits: between them Python hears Ctrl-C
+            try:
+                return json.loads(client.blocking_key_value_get(f"cleanba/{number}/{process}", 1000))
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+
+    if rank == 0:  # collects, so that n processes make 3 n calls
+        value = [value, *map(get, range(1, global_state.num_processes))]
+        client.key_value_delete(f"cleanba/{number - 1}")  # who came to this round has read the one before
+    client.key_value_set(f"cleanba/{number}/{rank}", json.dumps(value))
+    return get(0)
+
+
+def in_all_processes(action, *arguments):
+    """What `action` returns. A FlagError of one process is raised in all, so that all end with its message."""
+    result = message = None
+    try:
+        result = action(*arguments)
+    except FlagError as error:
+        message = str(error)
+    for error in filter(None, share(message)):
+        raise FlagError(error)
+    return result
+
+
+def check_same_params(params, moment):
+    """Raise RuntimeError if the processes have different parameters."""
+    hashes = share(params_sha256(params))
+    if len(set(hashes)) > 1:
+        raise RuntimeError(f"the processes have different parameters {moment}: {hashes}")
+
+
+def set_up(args, signals_received=()):
+    """Meet the other processes, check the flags, say which device does what. Raises FlagError."""
+    join(args, signals_received)
+    rank = global_state.process_id
+    processes = global_state.num_processes
+    sizes = in_all_processes(check_args, args, processes)
+    by_id = in_all_processes(local_devices, args)
+    learners = [by_id[i] for i in args.learner_device_ids]
+    actor_devices = [by_id[i] for i in args.actor_device_ids for _ in range(args.num_actor_threads)]
+
+    platform = describe_platform(jax.local_devices())
+    given = {flag: value for flag, value in vars(args).items() if flag not in PER_PROCESS_FLAGS} | platform
+    given |= {"actors of a process": sizes.actors, "learner devices of a process": len(learners)}
+    everyone = share([given, [device.id for device in learners]])
+    check_all_given_the_same([theirs for theirs, _ in everyone])
+
+    global_device = {device.id: device for device in jax.devices()}
+    all_learners = [global_device[i] for _, ids in everyone for i in ids]
+    mesh = Mesh(np.array(all_learners), ("learner",))
+    shards_each = args.num_shards // mesh.size
+    first_shard = rank * len(learners) * shards_each
+    shards = [Shard(first_shard + i, i // shards_each) for i in range(len(learners) * shards_each)]
+    actors = dict(enumerate(actor_devices, start=rank * sizes.actors))
+
+    names = {"actors": [*map(str, dict.fromkeys(actor_devices))], "learners": [*map(str, all_learners)]}
+    print(f"devices: actors on {', '.join(names['actors'])}, learners on {', '.join(names['learners'])}", flush=True)
+    record = {"args": vars(args), "actors": sizes.actors * processes, "platform": platform}
+    record |= {"processes": processes, "devices": names}
+    return sizes, Devices(actors, learners, mesh, shards), json.loads(json.dumps(record))
+
+
+def check_all_given_the_same(given):
+    """Raise FlagError if a process was given something else than process 0."""
+    for process, theirs in enumerate(given):
+        for name, value in given[0].items():
+            if theirs[name] != value:
+                rule = f"process {process} differs from process 0, which has {value}"
+                raise flag_error(name, theirs[name], rule, value)
+
+
+def local_devices(args):
+    """This process's devices, by the number that the flags use. Raises FlagError if they name another."""
+    num_threads()
+    asked = jax.config.jax_platforms or "cpu"
+    try:
+        devices = jax.local_devices()
+    except (AssertionError, RuntimeError) as error:
+        if asked.startswith("cpu"):
+            raise
+        raise flag_error("JAX_PLATFORMS", asked, f"a GPU was asked for, but JAX has none: {error!r}", "cpu") from None
+    if devices[0].platform == "cpu" and not asked.startswith("cpu"):
+        rule = f"a GPU was asked for, but the devices here are {devices}"
+        raise flag_error("JAX_PLATFORMS", asked, rule, "cpu")
+    numbers = range(len(devices))
+    if global_state.num_processes > 1 and devices[0].platform != "cpu":
+        # Of many processes on GPUs, each sees the devices that its flags name and no others.
+        numbers = sorted({*args.actor_device_ids, *args.learner_device_ids})
+    by_id = dict(zip(numbers, devices, strict=False))
+    for flag in ("actor_device_ids", "learner_device_ids"):
+        are_here = by_id.keys() >= set(getattr(args, flag))
+        require(are_here, args, flag, f"the devices here are {list(by_id)}", min(by_id))
+    return by_id
+
+
+def num_cores():
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def num_threads():
+    """Threads of XLA's pool on a CPU: NPROC, or as many as there are cores. Raises FlagError."""
+    threads = os.environ.get("NPROC", str(num_cores()))
+    if not re.fullmatch("0*[1-9][0-9]*", threads):
+        raise flag_error("NPROC", threads, "must be a whole number, 1 or more", num_cores())
+    return int(threads)
+
+
+def describe_platform(devices):
+    """What the bits depend on besides the flags, as far as it is known."""
+    described = {"script": Path(__file__).stem, "device": devices[0].device_kind} | VERSIONS
+    for name in ENVIRONMENT:
+        described[name] = re.sub(r"--xla_dump\S*", "", os.environ.get(name, ""))
+    for name in JAX_SETTINGS:
+        described[name] = str(jax.config.values.get(name))
+    if devices[0].platform == "cpu":
+        described["threads of XLA (NPROC)"] = max(num_threads(), len(devices))
+        described |= describe_processor()
+    return described
+
+
+def describe_processor():
+    """Model and vector instructions, for which XLA compiles."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return {"processor": os.uname().machine}
+    first_core = cpuinfo.read_text().split("\n\n")[0]
+    model = re.findall(r"^(?:model name|cpu family|model|CPU \w+)\s*: (.*)$", first_core, re.MULTILINE)
+    vector = re.findall(r"\b(?:sse4|avx|fma|amx|f16c|asimd|sve|bf16|i8mm)\w*", first_core)
+    return {"processor": ", ".join(model), "instruction set": " ".join(vector)}
+
+
+# === §12 Run directory, checkpoints [shared] ==========================================================================
+def params_sha256(params):
     """SHA-256 over the bytes of the leaves in tree order: equal hashes mean equal bits."""
-    return hashlib.sha256(b"".join(x.tobytes() for x in jax.tree.leaves(jax.device_get(params)))).hexdigest()
+    leaves = jax.tree.leaves(jax.device_get(params))
+    return hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest()
 
 
-def unpack(data: bytes) -> dict[str, Any]:
-    """What `write_file` has written. Raises ValueError if a bit of it has changed."""
+def pack(content):
+    """Arrays, strings and numbers as Flax's msgpack, after 32 bytes of SHA-256."""
+    data = serialization.msgpack_serialize(serialization.to_state_dict(jax.device_get(content)))
+    return hashlib.sha256(data).digest() + data
+
+
+def unpack(data):
+    """What `pack` has packed. Raises ValueError if a bit of it has changed."""
     if hashlib.sha256(data[32:]).digest() != data[:32]:
         raise ValueError("its bits are not those that were written")
-    try:
-        return {**serialization.msgpack_restore(data[32:])}
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-        raise ValueError(f"no run wrote this: {error!r:.200}") from None
+    return serialization.msgpack_restore(data[32:])
 
 
-def write_file(path: Path, content: dict[str, Any]) -> None:
-    """Arrays, strings and numbers as Flax's msgpack, after 32 bytes of SHA-256; a file is there whole or not at all."""
-    data = serialization.msgpack_serialize(serialization.to_state_dict(jax.device_get(content)))
+def write_file(path, data):
+    """A file is there whole or not at all, also on a full disk."""
     with open(path.with_name("unfinished"), "wb") as file:  # one name: what a killed process left is written over
-        file.write(hashlib.sha256(data).digest() + data)
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(file.name, path)
 
 
-def load_checkpoint(run: Path) -> bytes:
+def find_checkpoints(run):
+    """Checkpoints by update; files with other names are the user's own."""
+    paths = [path for path in (run / "checkpoints").glob("*.msgpack") if path.stem.isdecimal()]
+    return sorted(paths, key=lambda path: int(path.stem))
+
+
+def read_newest_checkpoint(run):
     """The newest checkpoint that is whole, still packed; nothing if there is none."""
     for path in reversed(find_checkpoints(run)):
+        data = path.read_bytes()
         try:
-            unpack(data := path.read_bytes())
+            unpack(data)
             return data
         except ValueError as error:
             print(f"the checkpoint {path} cannot be read, trying an older one: {error}", flush=True)
     return b""
 
 
-def claim_run(args: Args, record: dict[str, Any]) -> tuple[Path, Any, bytes]:
-    """The directory of a run, new or to be resumed, a lock on it, and its newest checkpoint. Raises FlagError."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    run, fresh = Path(name if args.resume is None else args.resume), args.resume is None or args.start_fresh
-    run = Path("runs") / run if len(run.parts) == 1 else run
-    if data := load_checkpoint(run):
-        old = json.loads(unpack(data)["record"])
-        for name, before in old["around"].items():
-            if (now := record["around"].get(name)) != before:
-                print(f"{name}: {now} now and {before} before, the bits may differ", flush=True)
-        flags = lambda of: of["args"] | {"num_actor_threads of all devices and processes": of["actors"]}
-        for name, before in flags(old).items():
-            if (now := flags(record).get(name)) != before and name not in FREE_FLAGS:
-                raise FlagError(name, now, f"the run to resume has {before}", before)
-    require(data or fresh, args, "resume", f"no checkpoint in {run} can be read", f"{args.resume} --start-fresh")
+def run_directory(args):
+    """A new one below runs, or that of --resume: a directory that exists, else a name below runs."""
+    if args.resume is None:
+        moment = time.strftime("%Y%m%d-%H%M%S")  # not unique: containers may start in the same second
+        return Path("runs", f"{args.env_id}__{args.exp_name}__{args.seed}__{moment}-{secrets.token_hex(3)}")
+    if os.sep in args.resume or Path(args.resume).is_dir():
+        return Path(args.resume)
+    return Path("runs", args.resume)
+
+
+def check_resume(before, now):
+    """Hold the record of the run to resume against that of now. Raises FlagError for flags that decide the bits."""
+    for name, value in before["platform"].items():
+        if now["platform"].get(name) != value:
+            print(f"{name}: {now['platform'].get(name)} now and {value} before, the bits may differ", flush=True)
+    actors = "num_actor_threads of all devices and processes"
+    flags_now = now["args"] | {actors: now["actors"]}
+    for flag, value in (before["args"] | {actors: before["actors"]}).items():
+        if flags_now.get(flag) != value and flag not in FLAGS_FREE_ON_RESUME:
+            raise flag_error(flag, flags_now.get(flag), f"the run to resume has {value}", value)
+
+
+def lock_run(args, run):
+    """Make the directory of a run and hold a lock on it. Raises FlagError."""
     try:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = open(run / "checkpoints" / "lock", "w")  # noqa: SIM115
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when its process is gone
     except BlockingIOError:
-        require(False, args, "resume", "another process has this run: end it first", f"{args.resume}-2 --start-fresh")
-    except OSError as error:  # names no file where only the file system has no locks
-        require(error.filename is None, args, "resume", f"{run} cannot be written: {error}", "/tmp/run --start-fresh")
-    return run, lock, data
+        rule = "another process has this run: end it first"
+        raise flag_error("resume", args.resume, rule, f"{args.resume}-2 --start-fresh") from None
+    except OSError as error:
+        if error.filename is not None:  # else only the file system has no locks
+            raise flag_error("the directory", run, f"cannot be written: {error}", "--resume /tmp/run") from None
+    return lock
 
 
-def restore(args: Args, data: bytes, tree: Any) -> tuple[int, Any]:
-    """(update, tree) of process 0's checkpoint, on every process; (0, tree) if it has none. Raises FlagError."""
-    if not (size := share(len(data))[0]):
-        return 0, tree
-    content = unpack(bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(data or bytes(size), np.uint8))))
-    return content["update"], fit(args, "resume", content["state"], tree, f"{args.resume}-2 --start-fresh")
+def start_or_restore(args, network, optimizer, key, checkpoint):
+    """(updates done, state, parameters of the version before), from process 0's checkpoint if it has one.
+
+    With --concurrency two versions are in flight, so a checkpoint holds both. Raises FlagError.
+    """
+    init = jax.jit(network.init, compiler_options={"xla_backend_optimization_level": 0})  # runs once: compile quickly
+    params = init(key, np.zeros((1, *env_spec(args)[0])))
+    size = share(len(checkpoint))[0]
+    if args.load_model is not None and size == 0:
+        params = in_all_processes(load_params, args, params)
+    create_state = jax.jit(partial(TrainState.create, apply_fn=network.apply, tx=optimizer))
+    state = create_state(params=params)
+    if size == 0:
+        return 0, state, params
+    data = np.frombuffer(checkpoint or bytes(size), np.uint8)
+    content = unpack(bytes(multihost_utils.broadcast_one_to_all(data)))
+    example = f"{args.resume}-2 --start-fresh"
+    return content["update"], *match_structure(args, "resume", content["state"], (state, params), example)
 
 
-def fit(args: Args, flag: str, saved: Any, tree: Any, instead: str) -> Any:
-    """What a file has `saved`, in the form of `tree`. Raises FlagError if it is of another one."""
-    shapes = lambda tree: jax.tree.map(np.shape, serialization.to_state_dict(tree))
-    require(shapes(saved) == shapes(tree), args, flag, "its network or optimizer is another", instead)
+def match_structure(args, flag, saved, tree, example):
+    """What a file has `saved`, in the structure of `tree`. Raises FlagError if it has another one."""
+    saved_shapes = jax.tree.map(np.shape, saved)
+    shapes = jax.tree.map(np.shape, serialization.to_state_dict(tree))
+    require(saved_shapes == shapes, args, flag, "it has another network or optimizer", example)
     return serialization.from_state_dict(tree, saved)
 
 
-def load_params(args: Args, params: Any) -> Any:
-    """The parameters of --load-model in the form of `params`. Raises FlagError."""
+def load_params(args, params):
+    """The parameters of --load-model in the structure of `params`. Raises FlagError."""
+    example = "runs/RUN/model.msgpack"
     try:
         saved = unpack(Path(args.load_model).read_bytes())["params"]
     except (OSError, ValueError, KeyError) as error:
-        raise FlagError("load_model", args.load_model, f"cannot be read: {error}", "runs/RUN/model.msgpack") from None
-    return fit(args, "load_model", saved, params, "runs/RUN/model.msgpack")
+        raise flag_error("load_model", args.load_model, f"cannot be read: {error}", example) from None
+    return match_structure(args, "load_model", saved, params, example)
 
 
-# === §12 Report [shared] ==============================================================================================
+# === §13 Report [shared] ==============================================================================================
+# what a run has come to, over all its starts; a checkpoint has it too
+RUN_COUNTERS = "updates episodes scores seconds_before resumed_at wandb_id".split()
+
+
 class Report(AbstractContextManager):
-    """What process 0 keeps and shows of a run. It ends with summary.json, whatever is raised within it."""
+    """What process 0 keeps and shows of a run. Once begun it ends with summary.json, whatever is raised within it."""
 
-    def __init__(self, args: Args, sizes: Sizes, record: dict[str, Any]):
-        """Claim the run and open its logs. Raises FlagError."""
-        self.args, self.sizes, self.record = args, sizes, record
-        self.run, self.lock, self.data = claim_run(args, record)
-        self.kept = dict(updates=0, episodes=0, scores=[], seconds=0.0, resumed_at=[], wandb_id=None)
-        if self.data:
-            self.kept = json.loads(unpack(self.data)["kept"])
-            self.kept["resumed_at"].append(self.kept["updates"])
-        self.start, self.thread, self.writing, self.games = time.perf_counter(), ThreadPoolExecutor(1), [], []
-        self.status = self.params = self.evaluation = self.wandb = self.first = self.last = None
-        if args.track:
-            import wandb
+    updates = episodes = seconds_before = 0  # seconds_before: this start
+    status = "failed"
+    newest_checkpoint = 0  # its update
+    # `writing` a checkpoint; `trained_at`, when the last update ended; (time, step) when this start's first one ended
+    writing = trained_at = first_update = None
+    params = evaluation = writer = wandb = wandb_id = None
 
-            place = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=self.run.name)
-            again = dict(id=self.kept["wandb_id"], resume="allow", sync_tensorboard=True)
-            self.wandb = wandb.init(**place, **again, config=asdict(args), save_code=True)
-            self.kept["wandb_id"] = self.wandb.id
-        self.writer = event_file_writer.EventFileWriter(str(self.run))
-        # what a run wrote after the checkpoint that it is resumed from is written again: TensorBoard forgets the first
-        step = self.kept["updates"] * sizes.steps + 1
-        self.writer.add_event(Event(wall_time=time.time(), step=step, session_log={"status": SessionLog.START}))
-        (self.run / "run.json").write_text(json.dumps(record, indent=2))
+    def __init__(self, args, sizes, record):
+        """Find the run, and what it has come to. Raises FlagError."""
+        self.args = args
+        self.sizes = sizes
+        self.record = record
+        self.run = run_directory(args)
+        self.checkpoint = read_newest_checkpoint(self.run)
+        self.games = []  # (score, length) of those that ended since the last log
+        self.scores = []  # of the last 100 games
+        self.resumed_at = []  # updates
+        if self.checkpoint:
+            content = unpack(self.checkpoint)
+            check_resume(json.loads(content["record"]), record)
+            vars(self).update(json.loads(content["counters"]))
+            self.newest_checkpoint = self.updates
+            self.resumed_at.append(self.updates)
+        rule = f"no checkpoint in {self.run} can be read"
+        can_start = self.checkpoint or args.resume is None or args.start_fresh
+        require(can_start, args, "resume", rule, f"{args.resume} --start-fresh")
+        self.started_at = self.last_update_at = time.perf_counter()
 
-    def write(self, step: int, scalars: dict[str, Any]) -> None:
-        values = [{"tag": name, "simple_value": value} for name, value in scalars.items()]
-        self.writer.add_event(Event(wall_time=time.time(), step=step, summary={"value": values}))
+    @property
+    def step(self):
+        return self.updates * self.sizes.steps
 
-    def save(self, update: int, tree: Any) -> None:
+    @property
+    def seconds(self):
+        """Of the run, over all its starts, without the games of --save-model."""
+        return self.seconds_before + (self.trained_at or time.perf_counter()) - self.started_at
+
+    def counters(self):
+        return {name: getattr(self, name) for name in RUN_COUNTERS}
+
+    def begin(self):
+        """Lock the run and open its logs. Raises FlagError, and leaves nothing behind."""
+        if self.args.track:
+            self.wandb = start_wandb(self.args, self.run.absolute().name, self.wandb_id)
+            self.wandb_id = self.wandb.id
+        self.lock = lock_run(self.args, self.run)
+        self.thread = ThreadPoolExecutor(1)
+        if self.updates == self.sizes.updates:
+            with suppress(OSError, ValueError, KeyError):  # of a finished run, which may be started again
+                self.evaluation = json.loads((self.run / "summary.json").read_text())["evaluation"]
+        self.writer = EventFileWriter(str(self.run))
+        # What was logged after the checkpoint will be logged again: TensorBoard forgets the first.
+        self.add_event(self.step + 1, session_log=SessionLog(status=SessionLog.START))
+        write_file(self.run / "run.json", json.dumps(self.record, indent=2).encode())
+        updates = f"{self.updates} of {self.sizes.updates} updates of {self.sizes.steps} steps"
+        print(f"{updates} are done; making environments", flush=True)
+
+    def add_event(self, step, **content):
+        self.writer.add_event(Event(wall_time=time.time(), step=step, **content))
+
+    def write(self, group, scalars):
+        values = [{"tag": f"{group}/{name}", "simple_value": value} for name, value in scalars.items()]
+        self.add_event(self.step, summary={"value": values})
+
+    def save(self, update, tree):
         """Begin to write a checkpoint; all that is logged so far is then on disk too."""
-        self.finish()
+        self.wait_for_checkpoint()
         self.writer.flush()
-        kept = json.dumps(self.kept | {"seconds": self.kept["seconds"] + time.perf_counter() - self.start})
-        content = {"update": update, "record": json.dumps(self.record), "kept": kept, "state": tree}
-        self.writing += [self.thread.submit(write_file, self.run / "checkpoints" / f"{update}.msgpack", content)]
+        counters = json.dumps(self.counters() | {"seconds_before": self.seconds})
+        content = {"update": update, "record": json.dumps(self.record), "counters": counters, "state": tree}
+        self.writing = self.thread.submit(self.write_checkpoint, update, content)
 
-    def finish(self) -> None:
-        """Wait until the checkpoint is written; then older ones may go. Raises OSError if it could not be."""
-        while self.writing:
-            self.writing.pop().result()
-            for old in find_checkpoints(self.run)[: -self.args.keep_checkpoints]:
-                old.unlink()
+    def write_checkpoint(self, update, content):
+        write_file(self.run / "checkpoints" / f"{update}.msgpack", pack(content))
+        self.newest_checkpoint = update
+        # A checkpoint of a later update is damaged, or the run would have resumed it.
+        older = [path for path in find_checkpoints(self.run) if int(path.stem) <= update]
+        for path in older[: -self.args.keep_checkpoints]:
+            path.unlink()
 
-    def update(self, news: list, due: bool, lag: int, rate: float, times: Counter, metrics, params) -> None:
-        """Take in an update: `news` of all processes, the learner's `times`. Log it if that or a checkpoint is due."""
-        kept, actors, self.params = self.kept, [actor for _, actors in news for actor in actors], params
-        games, now = [game for played, _ in actors for game in played], time.perf_counter()
-        kept["updates"], kept["episodes"] = kept["updates"] + 1, kept["episodes"] + len(games)
-        kept["scores"], self.games = [*kept["scores"], *(score for score, _ in games)][-100:], self.games + games
-        for _, spent in actors:
-            times.update({name: seconds / len(actors) for name, seconds in spent.items()})
-        step, total = (number * self.sizes.steps for number in (kept["updates"], self.sizes.updates))
-        sps, recent = step / (kept["seconds"] + now - self.start), self.sizes.steps / (now - (self.last or self.start))
-        due = due or kept["updates"] == 1 or kept["updates"] % self.args.log_frequency == 0
-        self.first, self.last, live = self.first or (now, step), now, os.isatty(1) and step < total
-        if due:
-            charts = {"SPS": sps, "SPS_update": recent, "learning_rate": rate}
-            if self.games:
-                charts["avg_episodic_return"], charts["avg_episodic_length"] = np.mean(self.games, axis=0)
-            stats = {**times, "policy_lag": lag, "episodes": len(self.games)}
-            groups = {"charts": charts, "losses": summarise(jax.device_get(metrics)), "stats": stats}
-            self.write(step, {f"{group}/{name}": x for group, values in groups.items() for name, x in values.items()})
-            self.games = []
-            with open(self.run / "hashes.tsv", "a") as file:  # compared by benchmark/compare.py
-                file.write(f"{kept['updates']}\t{params_sha256(params)}\n")
-            for name in (name for name, value in groups["losses"].items() if not np.isfinite(value)):
-                raise FloatingPointError(f"update {kept['updates']}: losses/{name} is not finite, no checkpoint made")
-        if due or live:
-            part = "environments" if times["env_time"] > times["inference_time"] else "inference"
-            waits = (wait := times["rollout_queue_get_time"]) / (wait + times["training_time"])
-            score = f"score {np.mean(kept['scores']):.1f}" if kept["scores"] else "no game over yet"
-            pace = (step - self.first[1]) / (now - self.first[0] or 1)  # after the first update, which compiles
-            left = f"{(total - step) / pace:.0f} s left" if pace else "compilation included"
-            speed = f"{step / total:4.0%} {step}/{total} steps, {pace or sps:.0f} steps/s, {left}"
-            line = f"{speed}, {score}, learner waits {waits:.0%} of the time for {part}"
-            print("\x1b[K" * live + line, end="\r" if live else "\n", flush=True)
+    def wait_for_checkpoint(self):
+        """Raises OSError if it could not be written."""
+        if self.writing is not None:
+            self.writing.result()  # Ctrl-C may interrupt this: forget it only afterwards
+            self.writing = None
 
-    def end(self, status: str, network: nn.Module, params: Any, heard: Collection[int]) -> None:
+    def update(self, messages, checkpoint_due, learning_rate, stats, metrics, params):
+        """Take in an update: `messages` of all processes, `stats` of the learner. Log it where that is due."""
+        actors = [actor for _, actors_of_process in messages for actor in actors_of_process]
+        for games, seconds in actors:
+            self.games += games
+            self.episodes += len(games)
+            self.scores += [score for score, _ in games]
+            stats.update({name: value / len(actors) for name, value in seconds.items()})
+        self.scores = self.scores[-100:]
+        self.updates += 1
+        self.params = params
+        now = time.perf_counter()
+        sps_update = self.sizes.steps / (now - self.last_update_at)
+        self.last_update_at = now
+        self.first_update = self.first_update or (now, self.step)
+
+        log_due = checkpoint_due or self.updates == 1 or self.updates % self.args.log_frequency == 0
+        if log_due:
+            charts = {"SPS": self.step / self.seconds, "SPS_update": sps_update, "learning_rate": learning_rate}
+            self.write_log(charts, summarise(jax.device_get(metrics)), stats)
+        self.show_progress(stats, log_due)
+
+    def write_log(self, charts, losses, stats):
+        """Raises FloatingPointError if a loss is not finite."""
+        if self.games:
+            charts["avg_episodic_return"], charts["avg_episodic_length"] = np.mean(self.games, axis=0)
+        stats["episodes"] = len(self.games)
+        self.games = []
+        self.write("charts", charts)
+        self.write("losses", losses)
+        self.write("stats", stats)
+        with open(self.run / "hashes.tsv", "a") as file:  # compared by benchmark/compare.py
+            file.write(f"{self.updates}\t{params_sha256(self.params)}\n")
+        for name, value in losses.items():
+            if not np.isfinite(value):
+                raise FloatingPointError(f"update {self.updates}: losses/{name} is not finite, no checkpoint made")
+
+    def show_progress(self, stats, log_due):
+        """A line for every log; on a terminal also one for every update, in place."""
+        total = self.sizes.updates * self.sizes.steps
+        in_place = os.isatty(1) and self.step < total
+        if not (log_due or in_place):
+            return
+        speed = f"{self.step / self.seconds:.0f} steps/s, compilation included"
+        pace = self.steady_pace()
+        if pace is not None:
+            speed = f"{pace:.0f} steps/s, {(total - self.step) / pace:.0f} s left"
+        score = "no game over yet"
+        if self.scores:
+            score = f"score {np.mean(self.scores):.1f}"
+        waiting = stats["rollout_queue_get_time"]
+        waiting_share = waiting / (waiting + stats["training_time"])
+        slower = "environments" if stats["env_time"] > stats["inference_time"] else "inference"
+        line = f"{self.step / total:4.0%} {self.step}/{total} steps, {speed}, {score}"
+        line += f", learner waits {waiting_share:.0%} of the time for {slower}"
+        if os.isatty(1):
+            line = f"\x1b[K{line}"  # over the line before
+        print(line, end="\r" if in_place else "\n", flush=True)
+
+    def steady_pace(self):
+        """Steps per second after this start's first update, which compiles."""
+        if self.first_update is None or self.step == self.first_update[1]:
+            return None
+        began_at, first_step = self.first_update
+        return (self.step - first_step) / (self.last_update_at - began_at)
+
+    def end(self, status, network, params, signals_received):
         """What follows the last update: the last checkpoint on disk, --save-model and its games."""
-        self.status, self.params = status, params
-        self.finish()
+        self.status = status
+        self.params = params
+        self.trained_at = time.perf_counter()
+        self.wait_for_checkpoint()
         if self.args.save_model and status == "finished":
             save_model(self.run / "model.msgpack", self.args, params)
             print(f"playing {self.args.eval_episodes} games with the model", flush=True)
-            scores = play_games(self.args, network, params, self.args.eval_episodes, heard)
-            self.evaluation = {"scores": scores, "mean": float(np.mean(scores)), "std": float(np.std(scores))}
-            self.write(self.kept["updates"] * self.sizes.steps, {"eval/episodic_return": np.mean(scores)})
-            print(f"model: {self.run}/model.msgpack, mean score of {len(scores)} games {np.mean(scores):.2f}")
+            scores = play_games(self.args, network, params, self.args.eval_episodes, signals_received)
+            mean = float(np.mean(scores))
+            self.evaluation = {"scores": scores, "mean": mean, "std": float(np.std(scores))}
+            self.write("eval", {"episodic_return": mean})
+            print(f"model: {self.run}/model.msgpack, mean score of {len(scores)} games {mean:.2f}", flush=True)
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind, error, trace):
         """Flush everything, write summary.json and print its gist and, if not finished, how to go on."""
-        if kind is FlagError:  # which leaves the run that was to be resumed as it was
-            return self.lock.close()
-        self.status = {None: self.status, KeyboardInterrupt: "interrupted", SystemExit: "preempted"}.get(kind, "failed")
+        if self.writer is None:  # the run has not begun
+            return
+        if kind is not None:
+            endings = {KeyboardInterrupt: "interrupted", SystemExit: "preempted"}
+            self.status = endings.get(kind, "failed")
         with suppress(Exception):  # whatever a checkpoint failed of, the summary is written
-            self.finish()
-        kept, end = self.kept, time.perf_counter()
-        steps, seconds, scores = kept["updates"] * self.sizes.steps, kept["seconds"] + end - self.start, kept["scores"]
-        first, at = self.first or (end, steps)
-        self.summary = {"run_name": self.run.name, "status": self.status, "versions": VERSIONS} | self.record | kept
-        self.summary |= {"global_step": steps, "seconds": seconds, "sps": steps / seconds}
-        self.summary["sps_steady"] = (steps - at) / (end - first) if steps > at else None
-        mean, std = (float(f(scores)) if scores else None for f in (np.mean, np.std))
-        sha256 = None if self.params is None else params_sha256(self.params)
-        self.summary |= {"mean_score": mean, "std_score": std, "evaluation": self.evaluation, "params_sha256": sha256}
+            self.wait_for_checkpoint()
+        self.summary = self.summarise_run()
         try:
-            (self.run / "summary.json").write_text(json.dumps(self.summary, indent=2))
+            write_file(self.run / "summary.json", json.dumps(self.summary, indent=2).encode())
             self.writer.close()
         except OSError as failure:  # a full disk must not hide what it made fail
             print(f"summary.json or the log could not be written: {failure}", flush=True)
         if self.wandb is not None:
             self.wandb.finish(exit_code=int(self.status != "finished"))
-        games = f"{kept['episodes']} games" + (f", mean score {mean:.2f}" if scores else "")
-        pace = f"{steps} steps in {seconds:.0f} s, {steps / seconds:.0f} steps/s"
-        newest, how = find_checkpoints(self.run)[-1:], "it has no checkpoint; --checkpoint-frequency 100 makes more"
-        how = f"go on from update {newest[0].stem} with --resume {self.run}" if newest else how
         with suppress(OSError):  # where nobody reads it, or the disk is full
-            print(f"{self.status}: {pace}, {games}; {self.run}/summary.json")
-            print(*[how] * (self.status != "finished"), f"params sha256: {sha256}", sep="\n", flush=True)
+            self.print_ending()
         self.lock.close()
 
+    def summarise_run(self):
+        summary = {"run_name": self.run.absolute().name, "status": self.status, "versions": VERSIONS}
+        summary |= self.record | self.counters()
+        summary |= {"global_step": self.step, "seconds": self.seconds, "sps": self.step / self.seconds}
+        summary |= {"sps_steady": self.steady_pace(), "evaluation": self.evaluation, "params_sha256": None}
+        summary["mean_score"] = float(np.mean(self.scores)) if self.scores else None
+        summary["std_score"] = float(np.std(self.scores)) if self.scores else None
+        with suppress(Exception):  # a device may be what failed
+            summary["params_sha256"] = self.params and params_sha256(self.params)
+        return summary
 
-# === §13 Models, games, main [shared] =================================================================================
-def play_games(args: Args, network, params, episodes: int, heard=()) -> list[float]:
+    def print_ending(self):
+        games = f"{self.episodes} games"
+        if self.scores:
+            games += f", mean score {np.mean(self.scores):.2f}"
+        pace = f"{self.step} steps in {self.seconds:.0f} s, {self.step / self.seconds:.0f} steps/s"
+        print(f"{self.status}: {pace}, {games}; {self.run}/summary.json")
+        if self.status != "finished" and self.newest_checkpoint:
+            print(f"go on from update {self.newest_checkpoint} with --resume {self.run}")
+        elif self.status != "finished":
+            print("it has no checkpoint; --checkpoint-frequency 100 makes more")
+        print(f"params sha256: {self.summary['params_sha256']}", flush=True)
+
+
+def start_wandb(args, name, wandb_id):
+    """Raises FlagError."""
+    import wandb
+
+    place = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=wandb_id, resume="allow")
+    try:
+        return wandb.init(**place, config=asdict(args), sync_tensorboard=True, save_code=True)
+    except wandb.Error as error:
+        rule = f"Weights & Biases cannot be used ({error}); WANDB_MODE=offline works without a login"
+        raise flag_error("track", True, rule, False) from None
+
+
+class NoReport(AbstractContextManager):
+    """The report of every process but the first: it keeps and shows nothing."""
+
+    checkpoint = b""
+
+    def do_nothing(self, *ignored):
+        pass
+
+    __init__ = begin = update = save = __exit__ = do_nothing
+
+    def end(self, status, *ignored):
+        self.summary = {"status": status}
+
+
+# === §14 Models, games, main [shared] =================================================================================
+def play_games(args, network, params, episodes, signals_received=()):
     """Scores of whole games, the first of each of `episodes` environments, so that short games do not count double."""
-    envs = Envs(make_env(args, env_seeds(args.seed, 2**32 - 1, 0, episodes), num_cores()))  # training's count from 0
-    (act, _), key, scores = make_policy(network), jax.random.key(args.seed), {}
+    seeds = env_seeds(args.seed, 2**32 - 1, 0, episodes)  # a generation that training, which counts from 0, never has
+    envs = Envs(make_env(args, seeds, num_cores()))
+    act, _ = make_policy(network)
+    key = jax.random.key(args.seed)
+    scores = {}
     for step in count():
         envs.games = []
-        envs.step(jax.device_get(act(params, envs.obs, key, step).action))
-        for i, (score, _) in zip(np.flatnonzero(envs.over).tolist(), envs.games, strict=True):
-            scores.setdefault(i, score)
-        if heard:
+        behaviour = act(params, envs.obs, key, step)
+        envs.step(jax.device_get(behaviour.action))
+        for env, (score, _) in zip(np.flatnonzero(envs.game_over).tolist(), envs.games, strict=True):
+            scores.setdefault(env, score)
+        if signals_received:
             sys.exit(128 + signal.SIGTERM)
         if len(scores) == episodes:
-            return [scores[i] for i in range(episodes)]
+            return [scores[env] for env in range(episodes)]
 
 
-def save_model(path: Path, args: Args, params: Any) -> None:
+def save_model(path, args, params):
     """Write flags and parameters to one file."""
-    write_file(path, {"script": Path(__file__).stem, "args": json.dumps(asdict(args)), "params": params})
+    write_file(path, pack({"script": Path(__file__).stem, "args": json.dumps(asdict(args)), "params": params}))
 
 
-def load_model(path: Path) -> tuple[Args, nn.Module, Any]:
+def load_model(path):
     """Flags, network and parameters of a file that `save_model` wrote. Raises ValueError if a bit of it has changed."""
     content = unpack(path.read_bytes())
-    args = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(content["args"]).items()})
+    args = with_tuples(Args(**json.loads(content["args"])))
     return args, make_network(args), content["params"]
 
 
-def parse_args() -> Args:
-    """The command line. A comment that has a line of `Args` to itself heads a box of --help."""
-    boxes, hints = [], get_type_hints(Args, include_extras=True)
-    for box in re.split(r"^    # ", inspect.getsource(Args), flags=re.M)[1:]:
-        title, told = box.split("\n", 1)[0], re.findall(r"^    (\w+):[^#\n]*(?:# (.+))?$", box, re.M)
-        fields = [(name, Annotated[hints[name], tyro.conf.arg(help=text)], getattr(Args, name)) for name, text in told]
-        boxes.append((title, make_dataclass(title, fields)))
-    flags = tyro.cli(tyro.conf.OmitArgPrefixes[make_dataclass("Flags", boxes)], description=__doc__)
-    return Args(**{name: value for box in vars(flags).values() for name, value in vars(box).items()})
+def parse_args(words):
+    """The command line. Sweeps write `--flag=False` and `--flag True` for what tyro calls `--no-flag` and `--flag`."""
+    booleans = "|".join(flag for flag, kind in get_type_hints(Args).items() if kind is bool)
+    flag = f"--({booleans})".replace("_", "[-_]")
+    line = "\0".join(["", *words])
+    for value, prefix in (("true", "--"), ("false", "--no-")):
+        line = re.sub(rf"\0{flag}[=\0]{value}(?=\0|$)", rf"\0{prefix}\1", line, flags=re.IGNORECASE)
+    return tyro.cli(Args, args=line.split("\0")[1:], description=__doc__)
 
 
-def main() -> None:
-    args, heard = parse_args(), Counter()
-    if not jax.config.jax_compilation_cache_dir:  # JAX_ENABLE_COMPILATION_CACHE=0 turns it off
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/cleanba"))
+def configure_jax(args):
+    """Must come before the first JAX call, which starts the backend."""
+    home = os.path.expanduser("~")
+    if not os.path.isabs(home):
+        print("no home directory: compiled programs are not kept (JAX_COMPILATION_CACHE_DIR)", file=sys.stderr)
+    elif not jax.config.jax_compilation_cache_dir:  # JAX_ENABLE_COMPILATION_CACHE=0 turns it off
+        jax.config.update("jax_compilation_cache_dir", f"{home}/.cache/cleanba")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if jax.config.jax_num_cpu_devices < 0:  # a CPU is as many devices as are asked for
-        jax.config.update("jax_num_cpu_devices", 1 + max(args.actor_device_ids + args.learner_device_ids, default=0))
-    # read when the backend starts, that is by the first JAX call; a flag of the user's comes later and wins
+        highest_id = max(args.actor_device_ids + args.learner_device_ids, default=0)
+        jax.config.update("jax_num_cpu_devices", 1 + highest_id)
+    # A flag of the user's comes later and wins.
     os.environ["XLA_FLAGS"] = f"--xla_gpu_deterministic_ops=true {os.environ.get('XLA_FLAGS', '')}".strip()
 
+
+def listen_for_signals(signals_received):
+    """Ctrl-C raises KeyboardInterrupt; the first SIGTERM is only counted, the second raises SystemExit."""
+
     def on_signal(number, frame):
-        heard[number] += 1
-        if number == signal.SIGTERM and heard[number] == 1:
-            return os.write(2, b"SIGTERM: the run ends after this update, at a second one at once\n")
+        signals_received[number] += 1
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        signal.alarm(1)  # the most that a summary may take
-        raise SystemExit(128 + number)
+        if signals_received[number] > 1:
+            sys.exit(128 + number)
+        with suppress(OSError):  # where nobody reads it
+            os.write(sys.stderr.fileno(), b"SIGTERM: the run ends after this update, at a second one at once\n")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    code, leave = 1, os._exit  # a thread may still wait inside XLA, and Python's own way out would abort over it
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+
+
+def main():
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - takes the number 2, so that no file of the run gets it
+    args = parse_args(sys.argv[1:])
+    configure_jax(args)
+    signals_received = Counter()
+    listen_for_signals(signals_received)
+    code = 1
     try:
-        code = 128 + signal.SIGTERM if train(args, heard)["status"] == "preempted" else 0
-        leave = sys.exit
+        status = train(args, signals_received)["status"]
+        code = 128 + signal.SIGTERM if status == "preempted" else 0
+        jax.distributed.shutdown()  # together: a process that loses process 0 before aborts
     except FlagError as error:
-        code, leave = 2, sys.exit
-        print(f"error: {error}", file=sys.stderr)
-    except (KeyboardInterrupt, SystemExit) as error:
-        code = getattr(error, "code", 128 + signal.SIGINT)
+        code = 2
+        with suppress(Exception):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            jax.distributed.shutdown()
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except SystemExit as error:
+        code = error.code
     except BaseException:
         sys.excepthook(*sys.exc_info())
-    leave(code)
+    if code in (0, 2):
+        sys.exit(code)
+    os._exit(code)  # an actor may still be inside XLA, and Python's own way out would abort over it
 
 
 if __name__ == "__main__":

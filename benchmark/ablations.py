@@ -101,14 +101,16 @@ LATE = """\
 ENDED = "        return reward, terminated | truncated\n"
 DOORS = "a limit of 16 steps and a door; played without the limit"
 ALL_LATE = """\
-        nothing = np.zeros_like(reward), np.zeros_like(terminated), np.zeros_like(self.reset)
-        (reward, terminated, self.reset), self.late = getattr(self, "late", nothing), (reward, terminated, self.reset)
+        nothing = np.zeros_like(reward), np.zeros_like(terminated), np.zeros_like(self.is_reset_row)
+        now = reward, terminated, self.is_reset_row
+        reward, terminated, self.is_reset_row = getattr(self, "late", nothing)
+        self.late = now
         return reward, terminated
 """
 UNMASKED = {  # texts that only one of the algorithms has
-    "keep = lambda x: jnp.where(rollout.reset[:-1], 0.0, x)": "keep = lambda x: x",
-    "weight = 1.0 - rollout.reset[:-1]": "weight = jnp.ones_like(rollout.reward)",
-    "return jnp.where(rollout.reset[:-1], 0.0, advantage)": "return advantage",
+    "is_reset_row = rollout.is_reset_row[:-1]": "is_reset_row = jnp.zeros_like(rollout.is_reset_row[:-1])",
+    "weight = 1.0 - rollout.is_reset_row[:-1]": "weight = jnp.ones_like(rollout.reward)",
+    "return jnp.where(rollout.is_reset_row[:-1], 0.0, advantage)": "return advantage",
 }
 
 
@@ -160,7 +162,7 @@ def run(job: tuple[Path, int, bool, int, int]) -> dict[str, Any]:
     script = load(path, {} if fixed else ablation.patches)
     script.env_spec = lambda args: ((4, SIZE, SIZE), 3)
     script.make_env = lambda args, seeds, threads: pools.append(Catch(seeds, **ablation.game)) or pools[-1]
-    end = script.Report.end  # whose arguments are status, network, parameters, heard
+    end = script.Report.end  # whose arguments are status, network, parameters, signals_received
     script.Report.end = lambda report, *last: params.append(last[2]) or end(report, *last)
     tuned = TUNED[hasattr(script, "ppo_loss")] | ablation.flags[not fixed]
     args = script.Args(**FLAGS, **tuned, seed=seed, total_timesteps=steps, log_frequency=10**6)

@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 
 import jax
 import tyro
-from evaluate import load_script
+from common import load_script
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ def measure(options: Options, n: int, port: int, rank: int) -> tuple[float, ...]
         seconds.append(time.perf_counter() - start)
         return outputs
 
-    def recording_total(devices, make=script.make_total):
+    def recording_sum(devices, make=script.make_sum_over_shards):
         total = make(devices)
         return lambda parts: calls.append((total, parts)) or total(parts)
 
     loopback = Path("/sys/class/net/lo/statistics/tx_bytes")  # read while all wait for it: no gradient is on its way
     bytes_sent = lambda: script.share("here") and script.share(int(loopback.read_text()))[0]
-    script.make_total = recording_total
+    script.make_sum_over_shards = recording_sum
     script.make_update = lambda *arguments, make=script.make_update: partial(timed, make(*arguments))
     size = dict(local_num_envs=options.envs // n, num_steps=16, total_timesteps=48 * options.envs, num_shards=8)
     place = dict(num_actor_threads=1, coordinator_address=f"127.0.0.1:{port}", num_processes=n, process_id=rank)

@@ -1,5 +1,6 @@
-"""What the tools share: how they refuse what cannot work, and how they find a script and a run."""
+"""What the tools share: how they refuse what cannot work, find a script and a run, and read what a run wrote."""
 
+import json
 import sys
 from collections.abc import Iterable
 from importlib.util import module_from_spec, spec_from_file_location
@@ -23,6 +24,27 @@ def require(ok: Any, flag: str, value: Any, rule: str, instead: Any) -> None:
 def find_run(path: Path) -> Path:
     """The directory of a run, which may be given by its name below runs."""
     return Path("runs") / path if len(path.parts) == 1 and not path.exists() else path
+
+
+def say_unreadable(path: Path, error: Exception) -> None:
+    """Name a file that a full disk or a crash left incomplete. Not among the output: that may be a table or a job."""
+    print(f"{path} counts as missing, as it cannot be read: {error}", file=sys.stderr, flush=True)
+
+
+def read_json(path: Path, *needed: str) -> dict[str, Any]:
+    """What a run has written to a JSON file, with the keys `needed`; nothing if it is missing or cannot be read."""
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it is no object")
+        if missing := set(needed) - content.keys():
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        say_unreadable(path, error)
+        return {}
+    return content
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:

@@ -6,7 +6,6 @@ With every log a run writes the hash of its parameters to hashes.tsv. The update
 against each other, as far as both have come: a run may still go on. Exit code 0: same; 1: not; 2: nothing to compare.
 """
 
-import json
 import re
 import sys
 from dataclasses import dataclass
@@ -14,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from common import find_run, require, stop
+from common import find_run, read_json, require, stop
 
-# flags that say where a run is or what is kept of it: FREE_FLAGS of the scripts, which take seconds to import
-FREE_FLAGS = {"coordinator_address", "num_processes", "process_id", "distributed", "env_threads", "num_actor_threads"}
-FREE_FLAGS |= {"actor_device_ids", "learner_device_ids", "peer_timeout", "actor_timeout", "exp_name", "track", "resume"}
-FREE_FLAGS |= {"wandb_project_name", "wandb_entity", "log_frequency", "keep_checkpoints", "start_fresh", "save_model"}
-FREE_FLAGS |= {"eval_episodes"}
+# Flags that say where a run is or what is kept of it. They are copied from FLAGS_FREE_ON_RESUME of the scripts, without
+# --load-model: it takes seconds to import a script, and a run's may be a fork that lies anywhere. A test compares them.
+FLAGS_THAT_KEEP_BITS = {"coordinator_address", "num_processes", "process_id", "distributed", "env_threads", "resume"}
+FLAGS_THAT_KEEP_BITS |= {"num_actor_threads", "actor_device_ids", "learner_device_ids", "peer_timeout", "exp_name"}
+FLAGS_THAT_KEEP_BITS |= {"actor_timeout", "track", "wandb_project_name", "wandb_entity", "log_frequency", "start_fresh"}
+FLAGS_THAT_KEEP_BITS |= {"keep_checkpoints", "save_model", "eval_episodes"}
+LONG = 60  # characters that are shown whole
 
 
 @dataclass(frozen=True)
@@ -29,51 +30,94 @@ class Options:
     run_b: tyro.conf.Positional[Path]  # that of the other
 
 
-def read_run(flag: str, path: Path) -> tuple[dict[int, str], list[dict[str, Any]]]:
-    """{update: hash of its parameters}; what changes the bits, or may, and what does not. Stops if it is no run."""
-    path, hashes = find_run(path), {}
+def read_hashes(flag: str, run: Path) -> dict[int, str]:
+    """{update: hash of its parameters}. Stops if the run has not logged."""
     try:
-        record, text = json.loads((path / "run.json").read_text()), (path / "hashes.tsv").read_text()
+        text = (run / "hashes.tsv").read_text()
     except (OSError, ValueError) as error:
-        stop(flag, path, f"must be a run that has logged ({error})", "runs/NAME")
+        stop(flag, run, f"must be a run that has logged ({error})", "runs/NAME")
+    hashes = {}
     for update, sha256 in re.findall(r"^(\d+)\t([0-9a-f]{64})$", text, re.MULTILINE):
         if int(update) <= next(reversed(hashes), 0):  # a resumed run writes anew what came after its checkpoint
             hashes = {number: known for number, known in hashes.items() if number < int(update)}
         hashes[int(update)] = sha256
-    named = lambda free: {
-        f"--{flag.replace('_', '-')}": value for flag, value in record["args"].items() if (flag in FREE_FLAGS) == free
-    }
-    return hashes, [named(False) | {"actors in all": record["actors"]} | record["around"], named(True)]
+    return hashes
+
+
+def say_where_they_part(a: dict[int, str], b: dict[int, str], common: list[int]) -> bool:
+    """Print whether the hashes of two runs agree in the updates `common`; returns it."""
+    agree = [update for update in common if a[update] == b[update]]
+    apart = next((update for update in common if a[update] != b[update]), None)
+    if apart is None:
+        so_far = f" (logged so far: {max(a)} and {max(b)})" if max(a) != max(b) else ""
+        print(f"same: equal in all {len(common)} updates that both logged, to update {common[-1]}{so_far}")
+        return True
+    last = max((update for update in agree if update < apart), default=None)
+    before = "at no logged update equal" if last is None else f"last equal at update {last}"
+    print(f"not the same: {before}, first different at update {apart}, of {len(common)} that both logged")
+    return False
+
+
+def show(given: dict[str, Any], name: str) -> str:
+    """The value of a flag or a setting, as it was given to a run."""
+    if name not in given:
+        return "(not set)"
+    value = given[name]
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text or "(empty)"
+
+
+def shorten(text: str, other: str) -> str:
+    """A long text, as the instruction set of a processor is, without the words that another has too."""
+    own = [word for word in text.split() if word not in other.split()]
+    return " ".join(["...", *own]) if len(text) > LONG else text
+
+
+def show_differences(title: str, a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Print a table of what two runs were not given alike; returns whether there is anything."""
+    differing = [name for name in a | b if a.get(name) != b.get(name)]
+    if differing:
+        rows = [(title, "RUN_A", "RUN_B")]
+        for name in differing:
+            one, other = show(a, name), show(b, name)
+            rows.append((name, shorten(one, other), shorten(other, one)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        print()
+        for row in rows:
+            print("  ".join(map(str.ljust, row, widths)).rstrip())
+    return bool(differing)
+
+
+def explain(a: dict[str, Any], b: dict[str, Any], same: bool) -> None:
+    """Print what two runs, given by their records, were not given alike."""
+
+    def flags(record: dict[str, Any], free: bool) -> dict[str, Any]:
+        own = {flag: value for flag, value in record["args"].items() if (flag in FLAGS_THAT_KEEP_BITS) == free}
+        return {f"--{flag.replace('_', '-')}": value for flag, value in own.items()}
+
+    def bits(record: dict[str, Any]) -> dict[str, Any]:
+        return flags(record, False) | {"actors in all": record["actors"]} | record["platform"]
+
+    explained = show_differences("changes the bits, or may", bits(a), bits(b))
+    if not same and not explained:
+        print("\nNo flag, package, device or setting explains it. Not in run.json: edits of the script, and what a run")
+        print("had before it was resumed.")
+    show_differences("may differ without changing bits", flags(a, True), flags(b, True))
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    (a, given_a), (b, given_b) = read_run("RUN_A", options.run_a), read_run("RUN_B", options.run_b)
+    runs = find_run(options.run_a), find_run(options.run_b)
+    a, b = read_hashes("RUN_A", runs[0]), read_hashes("RUN_B", runs[1])
     common = sorted(a.keys() & b.keys())
     require(common, "RUN_A and RUN_B", options.run_b, "have no update that both logged", "the same --log-frequency")
-    agree = [update for update in common if a[update] == b[update]]
-    apart = next((update for update in common if a[update] != b[update]), None)
-    if apart is None:
-        print(f"same: equal in all {len(common)} updates that both logged, to update {common[-1]}", end="")
-        print(f" (logged so far: {max(a)} and {max(b)})" if max(a) != max(b) else "")
+    same = say_where_they_part(a, b, common)
+    records = [read_json(run / "run.json", "args", "actors", "platform") for run in runs]
+    if all(records):
+        explain(*records, same)
     else:
-        last = max((update for update in agree if update < apart), default=None)
-        before = "at no logged update equal" if last is None else f"last equal at update {last}"
-        print(f"not the same: {before}, first different at update {apart}, of {len(common)} that both logged")
-    show = lambda x: (" ".join(map(str, x)) or "(empty)") if isinstance(x, list) else str(x)
-    titles = ["changes the bits, or may", "may differ without changing bits"]
-    for title, one, other in zip(titles, given_a, given_b, strict=True):
-        differ = [name for name in one | other if one.get(name) != other.get(name)]
-        rows = [(title, "RUN_A", "RUN_B"), *((name, show(one.get(name)), show(other.get(name))) for name in differ)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in ["", *rows] if differ else []:
-            print("  ".join(map(str.ljust, row, widths)).rstrip())
-        if apart and title == titles[0] and not differ:
-            print(
-                "\nNo flag, package or device explains it. Not in run.json: the kind of processor, XLA_FLAGS, edits of"
-            )
-            print("the script, and what it was before a resume.")
-    sys.exit(apart is not None)
+        print("\nWhat they were given is not compared: that takes run.json of both.")
+    sys.exit(not same)
 
 
 if __name__ == "__main__":

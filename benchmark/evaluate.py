@@ -35,7 +35,7 @@ from unittest.mock import patch
 import jax
 import numpy as np
 import tyro
-from common import find_run, load_script, require, stop
+from common import find_run, load_script, read_json, require, stop
 
 STEPS_A_MINUTE = 60 * 60 // 4  # the console draws 60 frames a second, and a step is four
 
@@ -77,15 +77,15 @@ Model = namedtuple("Model", "source directory trained_by args network params upd
 
 def checkpoints(script: ModuleType, run: Path, paths: Iterable[Path]) -> Iterator[Model]:
     """The agents in checkpoints of a run, those passed over that cannot be read or are gone."""
-    record = json.loads((run / "run.json").read_text())
-    args = {name: tuple(value) if isinstance(value, list) else value for name, value in record["args"].items()}
-    args, trained_by = script.Args(**args), record["around"]["script"]
     for path in paths:
         try:
             content = script.unpack(path.read_bytes())
         except (OSError, ValueError) as error:
             print(f"{path} is passed over: {error}", flush=True)
             continue
+        record = json.loads(content["record"])
+        flags = {name: tuple(value) if isinstance(value, list) else value for name, value in record["args"].items()}
+        args, trained_by = script.Args(**flags), record["platform"]["script"]
         update, params = content["update"], content["state"]["0"]["params"]
         source, steps = f"{run}, checkpoint of update {update}", args.local_num_envs * args.num_steps * record["actors"]
         yield Model(source, run, trained_by, args, script.make_network(args), params, update, update * steps)
@@ -156,11 +156,12 @@ def watched(script: ModuleType, options: Options) -> Iterator[set[int]]:
 
         def step(self, action):
             result, step = super().step(action), next(steps)
-            ended = dict(zip(np.flatnonzero(self.over).tolist(), self.games, strict=True))
+            ended = dict(zip(np.flatnonzero(self.game_over).tolist(), self.games, strict=True))
             for i in np.flatnonzero(self.length >= limit).tolist():
                 ended[i] = float(self.score[i]), int(self.length[i])
                 cut.update({i} - over)
-            self.games, self.over = [ended[i] for i in sorted(ended)], np.isin(np.arange(len(self.obs)), list(ended))
+            self.games = [ended[i] for i in sorted(ended)]
+            self.game_over = np.isin(np.arange(len(self.obs)), list(ended))
             if 0 not in over:
                 self.shoot()
             over.update(ended)
@@ -210,7 +211,7 @@ def upload(script: ModuleType, model: Model, options: Options, scores: list[floa
     folder, name, sha256 = model.directory / "upload", Path(script.__file__).name, script.params_sha256(model.params)
     summary = folder.with_name("summary.json")
     folder.mkdir(exist_ok=True)
-    finished = summary.is_file() and json.loads(summary.read_text()).get("params_sha256") == sha256
+    finished = read_json(summary).get("params_sha256") == sha256
     sources = {
         name: script.__file__,
         "summary.json": summary if finished else None,  # not that of later parameters

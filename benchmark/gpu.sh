@@ -14,7 +14,7 @@ out=$(mkdir -p "${1:?usage: gpu.sh OUT [PART...]}" && cd "$1" && pwd) work=$(mkt
 parts=("${@:2}") flags=${FLAGS:-}
 [ ${#parts[@]} -gt 0 ] || parts=(hashes throughput learn)
 cd "$(dirname "$0")/.."
-export PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1 JAX_PLATFORMS="${JAX_PLATFORMS:-cuda,cpu}" # without a GPU JAX would use the CPU for hours
 ppo=cleanba_ppo_envpool.py impala=cleanba_impala_envpool.py wrapper=cleanba_ppo_envpool_impala_atari_wrapper.py
 none=--xla_gpu_deterministic_ops=false
 

@@ -5,7 +5,7 @@
 The random policy plays in the script's own environments, with the game and the image size of the run. A run has
 learned if the mean score of its last 50 games is at least three times the random policy's and it was still rising: the
 games that ended in the last quarter of its steps scored more than those of the quarter before. Prints a table and exits
-with 1 unless every run has learned.
+with 1 unless every run has learned. A run that has no log, or no run.json that can be read, is named and has not.
 """
 
 import sys
@@ -42,10 +42,13 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     script, rows, randoms = load_script(options.script), [], {}
     require(options.runs, "RUNS", "(empty)", "name directories of runs", "runs")
-    for path in find_runs(options.runs):
+    paths = find_runs(options.runs)
+    for path in paths:
         run = read_run(path)
-        require(run, "RUNS", path, "has not logged anything yet", "a finished run")
-        flags, trained_by, log = run["record"]["args"], f"{run['record']['around']['script']}.py", run["log"]
+        if run is None or "platform" not in run["record"]:
+            print(f"{path} is passed over: it has no log yet, or no run.json of these scripts", file=sys.stderr)
+            continue
+        flags, trained_by, log = run["record"]["args"], f"{run['record']['platform']['script']}.py", run["log"]
         rule = f"the run {path} is one of {trained_by}"
         require(trained_by == options.script.name, "SCRIPT", options.script, rule, trained_by)
         game = {name: flags[name] for name in ("env_id", "img_size") if name in flags}
@@ -62,9 +65,10 @@ def main() -> None:
         cells = {name: f"{x:.1f}" for name, x in figures.items()}
         row = {"run": path.name, "steps": run["steps"], **cells, "last / random": f"{last / chance:.1f} x"}
         rows.append(row | {"learned": learned})
+    require(rows, "RUNS", " ".join(options.runs), "no run there has logged what can be judged", "runs")
     print(markdown(rows[0], [row.values() for row in rows]))
-    if failed := sum(row["learned"] == "no" for row in rows):
-        sys.exit(f"{failed} of {len(rows)} runs have not learned: {FACTOR} times the random score, and still rising.")
+    if failed := len(paths) - sum(row["learned"] == "yes" for row in rows):
+        sys.exit(f"{failed} of {len(paths)} runs have not learned: {FACTOR} times the random score, and still rising.")
 
 
 if __name__ == "__main__":

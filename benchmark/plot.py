@@ -19,7 +19,6 @@ The published results, atari57_reference.csv, are means and standard deviations 
 (Cleanba, Huang et al. 2023). A human-normalised score is (score - random) / (human - random).
 """
 
-import json
 import logging
 import warnings
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tyro
-from common import markdown, require
+from common import markdown, read_json, require, say_unreadable
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rliable import library, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -64,28 +63,42 @@ def last_score(log: pd.DataFrame, wanted: int = 100) -> float:
     return float(np.average(last["score"], weights=last["games"])) if len(last) else np.nan
 
 
+def read_evaluation(path: Path) -> pd.DataFrame:
+    """steps, games, score of the checkpoints that evaluate.py has played; no row if it has not, or if none is whole."""
+    nothing = pd.DataFrame(columns=["steps", "games", "score"], dtype=float)
+    if not path.exists():
+        return nothing
+    try:
+        whole = pd.read_csv(path).dropna()
+        return whole[["steps", "games", "mean"]].rename(columns={"mean": "score"})
+    except (OSError, ValueError, KeyError) as error:
+        say_unreadable(path, error)
+        return nothing
+
+
 def read_run(path: Path) -> dict | None:
-    """The run in a directory, or None if it has not logged anything yet. What it has made: steps, hours, done (of 1).
+    """The run in a directory, or None if it has no log or no run.json. What it has made: steps, hours, done (of 1).
 
     log: steps, hours, score, games: where games have ended since the log before, how many and their mean score.
     evaluation: the same of the checkpoints that evaluate.py has played. score: the mean of the last 100 games, or NaN.
     """
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports every log that a resumed run wrote again
     events = EventAccumulator(str(path), {"scalars": 0}).Reload()  # and forgets the first copy
-    tags, texts = events.Tags()["scalars"], {file.name: file.read_text() for file in path.glob("*.json")}
-    if "run.json" not in texts or SPS not in tags:
+    tags = events.Tags()["scalars"]
+    record = read_json(path / "run.json", "args")
+    if not record or SPS not in tags:
         return None
     read = lambda tag: pd.Series({x.step: x.value for x in events.Scalars(tag)} if tag in tags else {}, dtype=float)
     every = pd.DataFrame({"sps": read(SPS)} | {name: read(tag) for tag, name in SCALARS.items()}).rename_axis("steps")
     every = every.reset_index().assign(hours=lambda frame: frame["steps"] / frame["sps"] / 3600)
     log, (steps, hours) = every.dropna(subset="score").fillna({"games": 1}), every[["steps", "hours"]].iloc[-1]
-    record, summary = json.loads(texts["run.json"]), json.loads(texts.get("summary.json", "{}"))
-    flags, finished, evaluation = record["args"], summary.get("status") == "finished", log[:0]
+    flags = record["args"]
+    summary = read_json(path / "summary.json", "status", "mean_score")
+    finished = bool(summary) and summary["status"] == "finished"
     # the score of an unfinished run's summary may be older than the logs
     score = summary["mean_score"] if finished and summary["mean_score"] is not None else last_score(log)
-    if (path / "evaluation.csv").exists():
-        played = pd.read_csv(path / "evaluation.csv").rename(columns={"mean": "score"})
-        evaluation = played.assign(hours=np.interp(played["steps"], [0, *every["steps"]], [0, *every["hours"]]))
+    evaluation = read_evaluation(path / "evaluation.csv")
+    evaluation["hours"] = np.interp(evaluation["steps"], [0, *every["steps"]], [0, *every["hours"]])
     run = dict(experiment=flags["exp_name"], env_id=flags["env_id"], seed=flags["seed"], finished=finished)
     run |= dict(done=1.0 if finished else steps / flags["total_timesteps"], score=score, path=path, steps=int(steps))
     return run | dict(hours=hours, record=record, log=log, evaluation=evaluation)
@@ -103,7 +116,8 @@ def find_runs(patterns: tuple[str, ...]) -> list[Path]:
 def read_runs(options: Options) -> tuple[pd.DataFrame, list[str]]:
     """The runs to show, one for each experiment, game and seed, and what to say about the others."""
     read = {path: read_run(path) for path in tqdm(find_runs(options.runs), unit=" runs", disable=None, leave=False)}
-    notes = [f"{path} left out, no log of these scripts in it yet" for path, run in read.items() if run is None]
+    why = "left out, no log of these scripts in it yet, or no run.json"
+    notes = [f"{path} {why}" for path, run in read.items() if run is None]
     runs = pd.DataFrame(filter(None, read.values()))
     if len(runs) and options.finished_only:
         notes += [f"{path} left out, not finished" for path in runs["path"][~runs["finished"]]]

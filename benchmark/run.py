@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
-from common import require
+from common import read_json, require
 from rich.live import Live
 from rich.text import Text
 
@@ -74,6 +74,7 @@ class Run:
     state: str = "waiting"  # running, finished, failed, preempted, or elsewhere: another launcher has it
     processes: list[subprocess.Popen] = field(default_factory=list)
     started: float = 0.0
+    trouble: str = ""  # why it could not even be started
 
     @property
     def log(self) -> Path:
@@ -81,8 +82,7 @@ class Run:
 
     def finished(self) -> bool:
         """Whether the run's own summary says so."""
-        summary = self.log.with_name("summary.json")
-        return summary.exists() and json.loads(summary.read_text())["status"] == "finished"
+        return read_json(self.log.with_name("summary.json")).get("status") == "finished"
 
     def last_line(self) -> str:
         """The last line of the log that says something."""
@@ -90,6 +90,17 @@ class Run:
         return next((line.strip() for line in reversed(lines) if re.search(r"\w", line)), "")
 
     def start(self, options: Options, worker: int) -> bool:
+        """Start the run's processes, unless it is finished, another launcher has it, or nothing can be written."""
+        try:
+            return self.launch(options, worker)
+        except OSError as error:  # of a full disk, which must not end the sweep
+            self.state = "failed"
+            self.trouble = f"it cannot be started: {error}"
+            for process in self.processes:
+                process.kill()
+            return False
+
+    def launch(self, options: Options, worker: int) -> bool:
         """Start the run's processes, unless it is finished or another launcher has it."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.with_name("lock").open("w") as lock, self.log.open("a") as log:
@@ -141,7 +152,8 @@ def commands(options: Options, run: Run, worker: int, port: int) -> list[list[st
             settings += [f"NPROC={os.environ.get('NPROC', count)}"]
         if gpus:
             own = visible_gpus(options)[place * gpus : (place + 1) * gpus]
-            platforms = os.environ.get("JAX_PLATFORMS", "cuda,cpu")  # without a GPU it fails, and does not take years
+            # else JAX passes over a GPU that it cannot use, and the run takes months on the CPU instead of failing
+            platforms = os.environ.get("JAX_PLATFORMS") or "cuda,cpu"
             settings += [f"CUDA_VISIBLE_DEVICES={','.join(own)}", f"JAX_PLATFORMS={platforms}"]
         if options.processes > 1:
             flags = ["--coordinator-address", f"127.0.0.1:{port}", "--num-processes", str(options.processes)]
@@ -192,7 +204,7 @@ def slurm_text(options: Options, runs: list[Run]) -> str:
     """The text of a SLURM job array, one index for each run."""
     flags = run_flags(options, "$env_id", "$seed", "$name") + ["--distributed"] * (options.processes > 1)
     gpus, text = options.gpus_per_worker // options.processes, (HERE / "slurm_array.sbatch").read_text()
-    places = dict(job_name=options.experiment, last=len(runs) - 1, workers=options.workers)
+    places = dict(job_name=options.experiment, last=len(runs) - 1, workers=options.workers, gpus=gpus)
     places["resources"] = f"--ntasks={options.processes}" + f"\n#SBATCH --gpus-per-task={gpus}" * bool(gpus)
     places["runs"] = "\n".join(f'    "{run.env_id} {run.seed} {run.name}"' for run in runs)
     places["command"] = f"{shlex.join(shlex.split(options.command))} \\\n    {' '.join(flags)}"
@@ -224,7 +236,9 @@ def sweep(options: Options, runs: list[Run]) -> int:
                     process.terminate()
             for run in (run for run in runs if run.state != told[run.name]):
                 told[run.name] = run.state
-                print(f"{time.strftime('%H:%M:%S')} {run.state}: {run.name}", flush=True)
+                # said at once, and not only at the end of a sweep that may take days
+                reason = f": {run.trouble or run.last_line()}" if run.state == "failed" else ""
+                print(f"{time.strftime('%H:%M:%S')} {run.state}: {run.name}{reason}", flush=True)
             if live:
                 minutes = lambda run: (time.monotonic() - run.started) / 60
                 lines = [f"{minutes(run):6.0f} min  {run.name}: {run.last_line()}" for run in running.values()]
@@ -234,7 +248,9 @@ def sweep(options: Options, runs: list[Run]) -> int:
             time.sleep(0.2)
     print(counts())
     for run in runs:
-        if run.state in ("failed", "preempted"):
+        if run.trouble:
+            print(f"{run.state}: {run.name}: {run.trouble}")
+        elif run.state in ("failed", "preempted"):
             codes = ", ".join(str(process.returncode) for process in run.processes)
             print(f"{run.state} (exit code {codes}): read {run.log}, which ends with: {run.last_line()}")
     return 128 + signals[0] if signals else int({*states()} != {"finished"})
@@ -250,7 +266,7 @@ def main() -> None:
     elif options.dry_run:
         for i, run in enumerate(todo):
             worker = i % options.workers
-            lines = [*map(shlex.join, commands(options, run, worker, 9876 + worker)), "wait"]
+            lines = [*map(shlex.join, commands(options, run, worker, 9876 + i)), "wait"]
             print(" & ".join(lines[: None if options.processes > 1 else 1]))
     else:
         raise SystemExit(sweep(options, runs))

@@ -55,6 +55,23 @@ class Options:
     json: Path | None = None  # write all figures to this file
 
 
+def make_shard_data(script, args, sizes, devices, rollouts, keys, total) -> list:
+    """What `shard_gradient` takes of each shard, as the scripts' `make_update` makes it."""
+    number, _ = script.shuffled(args, sizes.shard_envs)
+    on = [shard.learner for shard in devices.shards]
+    numbers = [shard.number for shard in devices.shards]
+    if not hasattr(script, "compute_gae"):  # IMPALA
+        order = [script.shuffle(args, number, keys[d], i) for d, i in zip(on, numbers, strict=True)]
+        return [script.ShardData(*columns) for columns in zip(rollouts, order, numbers, strict=True)]
+    order = [script.shuffle(args, number, keys[d], 0, i) for d, i in zip(on, numbers, strict=True)]
+    estimates = [script.compute_gae(rollout, args.gamma, args.gae_lambda) for rollout in rollouts]
+    sums = total([script.minibatch_sums(*pair) for pair in zip(estimates, order, strict=True)])
+    sums = [sums[d] for d in on]
+    squares = total([script.minibatch_squares(*triple) for triple in zip(estimates, order, sums, strict=True)])
+    squares = [squares[d] for d in on]
+    return [script.ShardData(*columns) for columns in zip(rollouts, estimates, order, sums, squares, strict=True)]
+
+
 def make_parts(script, args, sizes, devices) -> dict[str, Callable]:
     """Functions that each do all that an update has of a part, and wait for it, on rollouts that are played here."""
     network, key, n = script.make_network(args), jax.random.key(args.seed), args.local_num_envs
@@ -73,16 +90,11 @@ def make_parts(script, args, sizes, devices) -> dict[str, Callable]:
     send = lambda i: jax.block_until_ready(script.ship(played[i], i * n, sizes.shard_envs, devices))
     played = [play(i) for i in devices.actors]
     rollouts = script.assemble(deliveries := [script.Delivery(0, send(i), [], {}) for i in devices.actors])
-    update, total, on = script.make_update(args, network, devices, sizes), script.make_total(devices), devices.of_shard
-    index = [script.shuffle(args, script.shuffled(args, sizes.shard_envs)[0], keys[d], i) for i, d in enumerate(on)]
-    shards = list(zip(rollouts, index, range(len(on)), strict=True))  # what `shard_gradient` takes of each
-    if hasattr(script, "compute_gae"):  # PPO
-        estimates = [script.compute_gae(rollout, args.gamma, args.gae_lambda) for rollout in rollouts]
-        sums = total([script.advantage_sums(e, i) for e, i in zip(estimates, index, strict=True)])
-        squares = total([script.advantage_sums(e, i, sums[d]) for e, i, d in zip(estimates, index, on, strict=True)])
-        shards = [(*own, sums[d], squares[d]) for d, *own in zip(on, rollouts, estimates, index, strict=True)]
+    update, total = script.make_update(args, network, devices, sizes), script.make_sum_over_shards(devices)
+    on = [shard.learner for shard in devices.shards]
+    shard_data = make_shard_data(script, args, sizes, devices, rollouts, keys, total)
     gradient = jax.jit(script.partial(script.shard_gradient, network, args))
-    piece = lambda *at: [gradient(states[d].params, *shard, at) for d, shard in zip(on, shards, strict=True)]
+    piece = lambda *at: [gradient(states[d].params, data, *at) for d, data in zip(on, shard_data, strict=True)]
     gradients = lambda m: [piece(m, i) for i in range(args.gradient_accumulation_steps)]
     optimizer, terms = jax.jit(lambda state, grads: state.apply_gradients(grads=grads)), piece(0, 0)
     grads = [grads for grads, _ in total(terms)]
@@ -114,7 +126,7 @@ def limit(parts: dict[str, float], concurrency: bool, cpu: bool, same_device: bo
 
 def take_turns(script, args, parts: dict[str, Callable], minutes: float, trace: Path | None = None) -> list[dict]:
     """Rounds of the run and the parts, or one of the run alone, all in seconds of an update."""
-    rounds, rows, heard, deadline = [], [], set(), default_timer() + 60 * minutes
+    rounds, rows, signals_received, deadline = [], [], set(), default_timer() + 60 * minutes
     length = min(5, 12 * minutes) if parts else 60 * minutes
 
     class HandOff(script.HandOff):
@@ -133,11 +145,11 @@ def take_turns(script, args, parts: dict[str, Callable], minutes: float, trace: 
                 rounds.append({"run": run, "parts": {name: timeit(part, number=1) for name, part in parts.items()}})
                 print(f"{'profile' if trace else 'round'}: {run['seconds']:.3f} s an update", file=sys.stderr)
                 if default_timer() > deadline:
-                    heard.add(signal.SIGTERM)  # the run ends after this update
+                    signals_received.add(signal.SIGTERM)  # the run ends after this update
             return deliveries
 
     with TemporaryDirectory() as place, redirect_stdout(StringIO()), patch.object(script, "HandOff", HandOff):
-        script.train(replace(args, resume=f"{place}/run", start_fresh=True), heard)
+        script.train(replace(args, resume=f"{place}/run", start_fresh=True), signals_received)
     return rounds
 
 
@@ -152,9 +164,10 @@ def measure(options: Options) -> dict[str, Any]:
     os.environ["XLA_FLAGS"] = f"{mine} {os.environ.get('XLA_FLAGS', '')}"
     rule = "one process is measured here, and benchmark/collectives.py measures many"
     try:
-        for flag in sorted(script.OWN_FLAGS - {"env_threads"}):
+        for flag in ("coordinator_address", "distributed", "num_processes", "process_id"):
             script.require(not getattr(args, flag), args, flag, rule, getattr(script.Args, flag))
-        sizes, devices, _ = script.set_up(args)
+        with redirect_stdout(sys.stderr):  # it names the devices, and the standard output is for the table
+            sizes, devices, _ = script.set_up(args)
     except script.FlagError as error:
         sys.exit(f"error: {error}")
     parts, learners = make_parts(script, args, sizes, devices) if options.parts else {}, devices.learners

@@ -67,6 +67,14 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def wait_for_line(process, text: str) -> str:
+    """The first line of its output that has `text`."""
+    for line in process.stdout:
+        if text in line:
+            return line
+    raise AssertionError(f"no line with {text!r}: {process.stderr.read()}")
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -79,10 +87,24 @@ class Launcher:
     def __init__(self, directory: Path):
         self.directory = directory
 
-    def start(self, script, *flags: str, **environment: str) -> subprocess.Popen:
-        command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *flags]
+    def open(self, command: list[str], environment: dict[str, str], **options) -> subprocess.Popen:
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        return subprocess.Popen(command, cwd=self.directory, env=os.environ | environment, **pipes)
+        return subprocess.Popen(command, cwd=self.directory, env=os.environ | environment, **pipes, **options)
+
+    def start(self, script, *flags: str, **environment: str) -> subprocess.Popen:
+        return self.open([sys.executable, str(ROOT / f"{script.__name__}.py"), *flags], environment)
+
+    def start_shell(self, line: str) -> subprocess.Popen:
+        """A line of bash, in which $PYTHON is this Python."""
+        return self.open(["bash", "-c", line], {"PYTHON": sys.executable, "PYTHONUNBUFFERED": "1"})
+
+    def start_patched(self, script, patch: str, *flags: str, pass_fds=(), **environment: str) -> subprocess.Popen:
+        """As `start`, after the code `patch`, which may change `script`."""
+        code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import conftest, os, time\n"
+        code += f"script = conftest.load({script.__name__!r})\n{patch}\n"
+        code += f"sys.argv = ['script', *{flags!r}]; script.main()"
+        environment = {"PYTHONUNBUFFERED": "1"} | environment
+        return self.open([sys.executable, "-c", code], environment, pass_fds=pass_fds)
 
     def run(self, script, *flags: str, **environment: str) -> dict:
         """The summary of a run that must finish."""

@@ -36,15 +36,15 @@ def test_rows_line_up(script, counting_pool):
     for rollout in (first, second):
         assert rollout.obs.shape == (12, 5, 4, 8, 8)
         assert rollout.obs.dtype == np.uint8
-        assert rollout.reset.shape == (12, 5)
+        assert rollout.is_reset_row.shape == (12, 5)
         assert rollout.reward.shape == rollout.terminated.shape == rollout.behaviour.action.shape == (11, 5)
     t = np.concatenate([first.obs[:-1], second.obs])[:, :, 0, 0, 1].astype(int)
     env = np.concatenate([first.obs[:-1], second.obs])[:, :, 0, 0, 0]
     assert (env == np.arange(5)).all()
     assert (first.obs[-1] == second.obs[0]).all()
-    assert (first.reset[-1] == second.reset[0]).all()
+    assert (first.is_reset_row[-1] == second.is_reset_row[0]).all()
 
-    reset = np.concatenate([first.reset[:-1], second.reset])
+    reset = np.concatenate([first.is_reset_row[:-1], second.is_reset_row])
     action = np.concatenate([first.behaviour.action, second.behaviour.action])
     reward = np.concatenate([first.reward, second.reward])
     terminated = np.concatenate([first.terminated, second.terminated])
@@ -80,7 +80,7 @@ def played(script, monkeypatch, pool, actor_id, updates):
     monkeypatch.setattr(script, "make_env", lambda args, seeds, num_threads: pool(len(seeds)))
     monkeypatch.setattr(script, "ship", lambda rollout, *where: rollout)
     args, sizes = script.Args(num_steps=8, local_num_envs=4, num_actor_threads=1), script.Sizes(1, 32, 1, 8)
-    devices = script.Devices({actor_id: jax.devices()[0]}, None, None, None, None)
+    devices = script.Devices({actor_id: jax.devices()[0]}, None, None, None)
     handoff = script.HandOff(devices.actors, False)
     with script.playing(args, sizes, devices, script.make_policy(network), handoff, jax.random.key(0), updates):
         for update in updates:
@@ -93,7 +93,7 @@ def test_actions_depend_on_actor_and_update_alone(script, counting_pool, monkeyp
 
     def actions(actor_id, updates):
         deliveries = played(script, monkeypatch, counting_pool, actor_id, updates)
-        return [delivery.rollout.behaviour.action for delivery in deliveries]
+        return [delivery.pieces.behaviour.action for delivery in deliveries]
 
     first, second = actions(0, range(1, 3))
     assert (second == actions(0, range(2, 3))[0]).all()

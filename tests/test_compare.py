@@ -1,6 +1,7 @@
 """benchmark/compare.py: the same or not, from where on, and what differs."""
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -9,16 +10,16 @@ import pytest
 
 compare = conftest.load("benchmark/compare")
 
-AROUND = {"script": "cleanba_ppo_envpool", "device": "cpu", "jax": "0.10.2", "threads of XLA (NPROC)": 4}
+PLATFORM = {"script": "cleanba_ppo_envpool", "device": "cpu", "jax": "0.10.2", "threads of XLA (NPROC)": 4}
 sha = lambda x: f"{x:064x}"
 
 
-def write_run(name, hashes, *, actors=2, around=(), end="\n", **flags):
+def write_run(name, hashes, *, actors=2, platform=(), end="\n", **flags):
     """A run's directory below runs. hashes: [(update, number of its hash)]."""
     run = Path("runs") / name
     run.mkdir(parents=True, exist_ok=True)
     args = dict(seed=1, exp_name="a", channels=[4, 8], learner_device_ids=[0]) | flags
-    (run / "run.json").write_text(json.dumps(dict(args=args, actors=actors, around=AROUND | dict(around))))
+    (run / "run.json").write_text(json.dumps(dict(args=args, actors=actors, platform=PLATFORM | dict(platform))))
     (run / "hashes.tsv").write_text("\n".join(f"{update}\t{sha(x)}" for update, x in hashes) + end)
 
 
@@ -37,14 +38,14 @@ def test_the_same_as_far_as_both_logged(monkeypatch, capsys):
     write_run("b", [(1, 1), (5, 5), (10, 10), (15, 15), (20, 20)], end="\n30\tabc", log_frequency=5)
     code, out = compared(monkeypatch, capsys, "a", "runs/b")
     line = "same: equal in all 3 updates that both logged, to update 20 (logged so far: 30 and 20)"
-    table = ["may differ without changing bits  RUN_A  RUN_B", "--log-frequency                   None   5"]
+    table = ["may differ without changing bits  RUN_A      RUN_B", "--log-frequency                   (not set)  5"]
     assert (code, out.splitlines()) == (0, [line, "", *table])
 
 
 def test_where_they_part_and_what_differs(monkeypatch, capsys):
     write_run("a", [(1, 1), (10, 10), (20, 20), (30, 30)])
     write_run("b", [(1, 1), (10, 10), (20, 21), (30, 31)], seed=2, channels=[4], learner_device_ids=[0, 1],
-              exp_name="b", actors=3, around={"jax": "0.11", "threads of XLA (NPROC)": 2})  # fmt: skip
+              exp_name="b", actors=3, platform={"jax": "0.11", "threads of XLA (NPROC)": 2})  # fmt: skip
     code, out = compared(monkeypatch, capsys)
     first, *tables = out.split("\n\n")
     assert code == 1
@@ -56,13 +57,52 @@ def test_where_they_part_and_what_differs(monkeypatch, capsys):
     assert [line.split()[-3:] for line in tables[0].splitlines()[1:3]] == [["--seed", "1", "2"], ["4", "8", "4"]]
 
 
+def test_all_of_the_platform_is_shown(monkeypatch, capsys):
+    """Also what only one of the runs has, and what does not change the bits in the end."""
+    common = "fma sse4_1 sse4_2 f16c avx avx2 avx512f avx512dq avx512cd avx512bw avx512vl"
+    a = {"processor": "AMD EPYC 7B13", "XLA_FLAGS": "--xla_a=1", "jax_enable_x64": True, "instruction set": common}
+    b = {"processor": "Intel Xeon", "XLA_FLAGS": "", "instruction set": f"{common} amx_bf16 amx_int8"}
+    write_run("a", [(1, 1)], platform=a)
+    write_run("b", [(1, 1)], platform=b)
+    code, out = compared(monkeypatch, capsys)
+    first, table = out.split("\n\n")
+    assert (code, first) == (0, "same: equal in all 1 updates that both logged, to update 1")
+    assert [re.split(r"  +", line) for line in table.splitlines()[1:]] == [
+        ["processor", "AMD EPYC 7B13", "Intel Xeon"],
+        ["XLA_FLAGS", "--xla_a=1", "(empty)"],
+        ["jax_enable_x64", "True", "(not set)"],
+        ["instruction set", "...", "... amx_bf16 amx_int8"],
+    ]
+
+
+@pytest.mark.parametrize("text", ["", '{"args": {"seed": 1', "[]", '{"args": {}}', None])
+def test_without_a_whole_run_json_the_hashes_are_compared(monkeypatch, capsys, text):
+    """Half-written, of an older version, or none."""
+    write_run("a", [(1, 1), (2, 2)])
+    write_run("b", [(1, 1), (2, 3)], seed=2)
+    record = Path("runs/b/run.json")
+    record.unlink()
+    if text is not None:
+        record.write_text(text)
+    monkeypatch.setattr("sys.argv", ["compare.py", "a", "b"])
+    with pytest.raises(SystemExit) as end:
+        compare.main()
+    out, err = capsys.readouterr()
+    assert end.value.code == 1
+    assert out.startswith("not the same: last equal at update 1, first different at update 2, of 2 that both logged\n")
+    assert out.endswith("\nWhat they were given is not compared: that takes run.json of both.\n")
+    assert err.startswith("runs/b/run.json counts as missing, as it cannot be read: " if text is not None else "")
+
+
 def test_nothing_explains_it(monkeypatch, capsys):
     write_run("a", [(1, 1)])
     write_run("b", [(1, 2)])
     code, out = compared(monkeypatch, capsys)
     assert code == 1
     assert out.startswith("not the same: at no logged update equal, first different at update 1, of 1 that both logged")
-    assert "No flag, package or device explains it." in out
+    assert "No flag, package, device or setting explains it." in out
+    assert "processor" not in out
+    assert "XLA_FLAGS" not in out
 
 
 def test_what_a_resumed_run_writes_again_counts(monkeypatch, capsys):
@@ -106,4 +146,6 @@ def test_real_runs(monkeypatch, capsys):
 
 
 def test_free_flags_are_those_of_the_script(script):
-    assert compare.FREE_FLAGS == script.FREE_FLAGS
+    """A resumed run does not load its model again, but other parameters at the start are other bits."""
+    free = {*script.FLAGS_FREE_ON_RESUME} - {"load_model"}
+    assert free == compare.FLAGS_THAT_KEEP_BITS

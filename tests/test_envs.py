@@ -13,7 +13,7 @@ def play(script, envs, steps=60):
         action = (np.arange(len(envs.obs)) * 7 + t * 5) % 6
         obs = envs.obs
         reward, terminated = envs.step(action.astype(np.int32))
-        rows.append((obs.copy(), reward.copy(), terminated.copy(), envs.reset.copy()))
+        rows.append((obs.copy(), reward.copy(), terminated.copy(), envs.is_reset_row.copy()))
     return [np.stack(column) for column in zip(*rows, strict=True)]
 
 

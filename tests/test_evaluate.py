@@ -78,7 +78,7 @@ def test_scores_and_film(script, capsys, monkeypatch):
             result = super().step(action)
             if not any(over):
                 frames.append(self.pool.render(env_ids=[0])[0])
-            over.append(self.over[0])
+            over.append(self.game_over[0])
             return result
 
     with monkeypatch.context() as patch:
@@ -126,18 +126,18 @@ def check_run(script, name, scores, sha256, update, capsys):
 
 @pytest.fixture
 def run(ppo):
-    """A run with a model and three checkpoints, the newest of which is not whole."""
+    """A run with a model and three checkpoints, the newest of which is not whole. There is no run.json."""
     args, network, params = make_model(ppo)
     Path("runs/one/checkpoints").mkdir(parents=True)
     Path("model.msgpack").rename("runs/one/model.msgpack")
-    record = {"args": asdict(args), "actors": 2, "around": {"script": PPO}}
-    Path("runs/one/run.json").write_text(json.dumps(record))
+    record = {"args": asdict(args), "actors": 2, "platform": {"script": PPO}}
     older = jax.tree.map(np.zeros_like, params)
     for update, current, previous in [(9, older, older), (10, params, older), (11, older, params)]:
         state = TrainState.create(apply_fn=network.apply, params=current, tx=optax.adam(1e-3))
         tree = serialization.to_state_dict(jax.device_get((state, previous)))
         file = Path(f"runs/one/checkpoints/{update}.msgpack")
-        ppo.write_file(file, {"update": update, "kept": "{}", "state": tree})
+        content = {"update": update, "record": json.dumps(record), "counters": "{}", "state": tree}
+        ppo.write_file(file, ppo.pack(content))
     file.write_bytes(file.read_bytes()[:-1])
     return args, network, params, older
 
@@ -287,6 +287,14 @@ def test_upload(ppo, hub, capsys):
     (command,) = (line for line in text.splitlines() if line.startswith("uv run benchmark/evaluate.py "))
     Path("upload").rename("agent")
     assert evaluate.evaluate(tyro.cli(evaluate.Options, args=shlex.split(command)[3:])) == scores
+
+
+def test_half_a_summary_is_not_uploaded(ppo, hub, capsys):
+    make_model(ppo)
+    Path("summary.json").write_text('{"params_sha256": "')
+    evaluated(ppo, episodes=1, upload="someone/agent")
+    assert set(hub.files) == {"README.md", "model.msgpack", f"{PPO}.py"}
+    assert "summary.json counts as missing, as it cannot be read: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("reachable", [True, False])

@@ -5,9 +5,11 @@ import resource
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import conftest
 import jax
+import numpy as np
 import pytest
 import tyro
 
@@ -37,6 +39,10 @@ BAD = [
     "--env-threads -1",
     "--log-frequency 0",
     "--peer-timeout 0",
+    "--exp-name a/b",
+    "--env-id ALE/Pong-v5",
+    "--env-id PongNoFrameskip-v4",
+    "--env-id Pong",
 ]
 FLOATS = {"learning-rate": float, "gamma": float, "max-grad-norm": float, "ent-coef": float}
 
@@ -46,6 +52,7 @@ def test_bad_flag(script, line, monkeypatch, capsys):
     for name in ("make_env", "playing", "make_update", "ActorCritic"):
         monkeypatch.setattr(script, name, lambda *_: pytest.fail("built something before the flags were checked"))
     monkeypatch.setattr(script.os, "_exit", lambda code: pytest.fail("took the flags"))
+    monkeypatch.setattr(script, "listen_for_signals", lambda signals_received: None)
     monkeypatch.setattr(sys, "argv", ["script", *line.split()])
     with pytest.raises(SystemExit) as caught:
         script.main()
@@ -64,6 +71,8 @@ def test_bad_flag(script, line, monkeypatch, capsys):
 ONE_OF_MANY = "--coordinator-address 10.0.0.1:9876 --num-processes 2 --process-id 0"
 BAD_PLACES = [
     "--coordinator-address 10.0.0.1 --num-processes 2 --process-id 0",
+    "--coordinator-address host:abc --num-processes 2 --process-id 0",
+    "--coordinator-address host:123456 --num-processes 2 --process-id 0",
     "--distributed",
     "--num-processes 2 --process-id 0",
     "--num-processes 0 --coordinator-address 10.0.0.1:9876 --process-id 0",
@@ -78,12 +87,12 @@ def test_a_place_among_processes_that_cannot_be(script, line, monkeypatch):
     monkeypatch.setattr(jax._src.distributed._jax, "get_distributed_runtime_service", pytest.fail)
     args = tyro.cli(script.Args, args=line.split())
     with pytest.raises(script.FlagError, match=rf"^--coordinator-address .*For example: {ONE_OF_MANY}$"):
-        script.join(args)
+        script.join(args, ())
 
 
 def test_many_processes_need_shards_for_all(script):
     """A shard is not divided between two learner devices, of whatever process."""
-    with pytest.raises(script.FlagError, match=r"--num-shards 4: .* a multiple of the 3 learner devices"):
+    with pytest.raises(script.FlagError, match=r"--num-shards 4: .* a multiple of the learner devices \(3\)"):
         script.check_args(script.Args(num_shards=4), 3)
     assert script.check_args(script.Args(num_shards=12), 3).steps == 3 * script.check_args(script.Args()).steps
 
@@ -94,17 +103,67 @@ def test_the_value_that_works_is_near(script):
         script.check_args(script.Args(learner_device_ids=(0, 1, 2), local_num_envs=64))
 
 
+def test_the_name_that_envpool_has_for_a_game(script):
+    for typed in ("ALE/Pong-v5", "PongNoFrameskip-v4", "PongDeterministic-v4", "Pong-v4", "Pong"):
+        with pytest.raises(script.FlagError, match=r"For example: --env-id Pong-v5$"):
+            script.check_args(script.Args(env_id=typed))
+
+
+def test_an_empty_resume(script):
+    """Which is the current directory where a path is made of it."""
+    with pytest.raises(script.FlagError, match=r"^--resume \(empty\): must not be empty\."):
+        script.check_args(script.Args(resume=""))
+
+
 @conftest.one_fast
-def test_a_bad_flag_is_quick(script, launcher):
+def test_flags_from_a_notebook(script):
+    """Lists are as good as tuples; what has another type is refused before anything is written."""
+    tiny = dict(img_size=16, local_num_envs=4, num_actor_threads=1, num_steps=8, num_minibatches=1, total_timesteps=32)
+    as_list = script.train(script.Args(**tiny, channels=[4, 8], learner_device_ids=[0]))
+    as_tuple = script.train(script.Args(**tiny, channels=(4, 8)))
+    assert as_list["params_sha256"] == as_tuple["params_sha256"]
+    runs = set(Path("runs").iterdir())
+    for flag, value in dict(seed=np.int64(3), total_timesteps=1e5, channels="48", norm_adv="False").items():
+        if hasattr(script.Args, flag):
+            kind = type(getattr(script.Args, flag)).__name__
+            with pytest.raises(script.FlagError, match=f"^--{flag.replace('_', '-')} .*must be of the type {kind}"):
+                script.train(script.Args(**tiny | {flag: value}))
+    assert set(Path("runs").iterdir()) == runs
+
+
+@conftest.one_fast
+@pytest.mark.parametrize(
+    ("flags", "environment", "message"),
+    [
+        ("", dict(NPROC=""), "NPROC (empty): must be a whole number, 1 or more. For example: NPROC "),
+        ("", dict(NPROC="auto"), "NPROC auto: must be a whole number, 1 or more. For example: NPROC "),
+        ("", dict(JAX_PLATFORMS="cuda"), "JAX_PLATFORMS cuda: a GPU was asked for, but "),
+        ("", dict(JAX_PLATFORMS="cuda,cpu"), "JAX_PLATFORMS cuda,cpu: a GPU was asked for, but the devices here are "),
+        ("--num-steps 100000000", {}, "--total-timesteps 50000000: an update takes "),
+        ("--num-shards 7", {}, "--num-shards 7: must divide the "),
+        ("--distributed", {}, "--coordinator-address None: no cluster says where the processes are"),
+        ("--coordinator-address host:abc --num-processes 2 --process-id 1", {}, "--coordinator-address host:abc: must"),
+    ],
+)
+def test_one_line_before_anything_is_done(script, launcher, tmp_path, flags, environment, message):
+    """Soon after the imports; of the processor's time, for another program may keep it busy."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    process = launcher.start(script, "--num-shards", "7")
-    out, err = process.communicate(timeout=60)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)  # of the processor: another program may keep it busy
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
+    process = launcher.start(script, *flags.split(), **environment)
+    _, err = process.communicate(timeout=60)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert err.startswith(f"error: {message}"), err
+    assert err.count("\n") == 1, err
     assert process.returncode == 2
-    assert out == ""
-    assert err.startswith("error: --num-shards 7: must divide the ")
-    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
+
+
+@conftest.one_fast
+def test_the_first_line_names_the_devices(script, launcher):
+    process = launcher.start(script, "--learner-device-ids", "1", "2", "--actor-device-ids", "0", PYTHONUNBUFFERED="1")
+    assert process.stdout.readline() == "devices: actors on cpu:0, learners on cpu:1, cpu:2\n"
+    process.kill()
+    process.communicate()
 
 
 def test_track_without_wandb(script, monkeypatch):
@@ -113,34 +172,36 @@ def test_track_without_wandb(script, monkeypatch):
         script.check_args(script.Args(track=True))
 
 
-BOXES = ["experiment", "environment", "algorithm", "network", "devices", "checkpoints", "processes"]
-
-
 def test_every_flag_is_explained(script, monkeypatch, capsys):
-    """In boxes of at most one screen, in the order of `Args`, each with its default."""
+    """In the order of `Args`, each with its default."""
     monkeypatch.setattr(sys, "argv", ["script", "--help"])
     with pytest.raises(SystemExit):
-        script.parse_args()
-    # with a frame on a terminal, without one here
-    _, *parts = re.split(r"^\W*(\w+) options\b.*\n", capsys.readouterr().out, flags=re.MULTILINE)
-    assert parts[::2] == BOXES
-    shown = []
-    for box in parts[1::2]:
-        assert len(box.splitlines()) <= 40
-        flags = re.findall(r"^\W*--(\S+?),? (.*?)\(default:\s", box, re.DOTALL | re.MULTILINE)
-        shown += [flag.replace("-", "_") for flag, _ in flags]
-        assert [flag for flag, told in flags if len(told.split()) < 3] == []
-    assert shown == list(script.Args.__dataclass_fields__)
+        script.main()
+    _, options = capsys.readouterr().out.split("show this help message and exit")
+    shown = re.findall(r"^\W*--(\S+?),? (.*?)\(default:\s", options, re.DOTALL | re.MULTILINE)
+    assert [flag.replace("-", "_") for flag, _ in shown] == list(script.Args.__dataclass_fields__)
+    assert [flag for flag, text in shown if len(text.split()) < 3] == []
 
 
-def test_the_command_line_is_args(script, monkeypatch):
+def test_the_command_line_is_args(script):
     """All flags have their defaults in `Args`, and what is typed arrives."""
-    monkeypatch.setattr(sys, "argv", ["script"])
-    assert script.parse_args() == script.Args()
+    assert script.parse_args([]) == script.Args()
     line = "--env-id Pong-v5 --channels 4 8 --no-anneal-lr --resume it --compute-dtype bfloat16 --learning-rate 1e-3"
-    monkeypatch.setattr(sys, "argv", ["script", *line.split()])
     flags = dict(env_id="Pong-v5", channels=(4, 8), anneal_lr=False, resume="it", compute_dtype="bfloat16")
-    assert script.parse_args() == script.Args(**flags, learning_rate=1e-3)
+    assert script.parse_args(line.split()) == script.Args(**flags, learning_rate=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("line", "flags"),
+    [
+        ("--anneal-lr=False --save_model True", dict(anneal_lr=False, save_model=True)),
+        ("--anneal_lr=false --track=TRUE --seed 3", dict(anneal_lr=False, track=True, seed=3)),
+        ("--no-anneal-lr --save-model", dict(anneal_lr=False, save_model=True)),
+        ("--exp-name true --anneal-lr true", dict(exp_name="true")),
+    ],
+)
+def test_booleans_as_sweeps_pass_them(script, line, flags):
+    assert script.parse_args(line.split()) == script.Args(**flags)
 
 
 def test_flags_of_the_readme_are_valid(script):

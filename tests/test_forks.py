@@ -140,9 +140,9 @@ def same_bits(train, load, monkeypatch, name):
     """Whole on one device; cut between two checkpoints, then resumed on two; whole on two."""
     whole, update = train(name), load(name).Report.update
 
-    def cut(report, *news):
-        update(report, *news)
-        if report.kept["updates"] == 3:
+    def cut(report, *arguments):
+        update(report, *arguments)
+        if report.updates == 3:
             raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
@@ -168,8 +168,8 @@ def test_it_has_the_same_bits_anywhere(train, load, monkeypatch, name):
 def test_flags_of_another_network(load):
     script = load("nature_cnn")
     for flags, told in (
-        (dict(channels=(8, 16)), "--channels 8 16: needs 3 widths, each 1 or more. For example: --channels 32 64 64"),
-        (dict(img_size=35), "--img-size 35: must be 36 to 1024"),
+        (dict(channels=(8, 16)), "--channels 8 16: must be 3 widths, each 1 or more. For example: --channels 32 64 64"),
+        (dict(img_size=35), "--img-size 35: must be between 36 and 1024"),
     ):
         with pytest.raises(script.FlagError, match=told):
             script.check_args(script.Args(**flags))
@@ -209,7 +209,7 @@ def test_value_clipping(load):
 @pytest.fixture
 def lstm(load, monkeypatch):
     script = load("impala_lstm")
-    monkeypatch.setattr(script, "LSTM", 8)
+    monkeypatch.setattr(script, "LSTM_UNITS", 8)
     return script
 
 
@@ -235,7 +235,7 @@ def unrolled(lstm, network, params, rollout):
         lstm.impala_loss(params, apply, rollout, lstm.Args())
         return seen[0][0]
 
-    return np.asarray(jax.jit(logits)(params, rollout)).reshape(*rollout.reset.shape, -1)
+    return np.asarray(jax.jit(logits)(params, rollout)).reshape(*rollout.is_reset_row.shape, -1)
 
 
 def test_the_learner_s_unroll_is_the_actor_s(lstm, counting_pool):
@@ -247,19 +247,19 @@ def test_the_learner_s_unroll_is_the_actor_s(lstm, counting_pool):
     following = played[1].behaviour.logits[0]  # what the learner evaluates at obs[T], but with other zeros
     np.testing.assert_allclose(unrolled(lstm, network, params, played[0])[-1], following, atol=1e-5, rtol=1e-5)
     past = played[1].past
-    assert not past.reset.all()
+    assert not past.is_first_row.all()
     for changed in (past._replace(state=past.state + 1), past._replace(action=(past.action + 1) % 4),
                     past._replace(reward=past.reward + 1)):  # fmt: skip
         logits = unrolled(lstm, network, params, played[1]._replace(past=changed))
         other = np.abs(logits[0] - played[1].behaviour.logits[0]).max(-1) > 1e-3
-        assert (other == ~past.reset[0]).all()
+        assert (other == ~past.is_first_row[0]).all()
 
 
 def test_a_reset_row_ends_the_memory(lstm, counting_pool):
     """It still has the memory of its episode, and the row after it has none."""
     network, params, played = counting(lstm, counting_pool(num_envs=5), num_steps=40)
     for rollout in played:
-        logits, reset = rollout.behaviour.logits, rollout.reset[:-1]
+        logits, reset = rollout.behaviour.logits, rollout.is_reset_row[:-1]
         obs = rollout.obs[:-1].reshape(-1, 4, 8, 8)
         forgetful = np.asarray(jax.jit(network.apply)(params, obs)[0]).reshape(logits.shape)
         forgot = np.abs(logits - forgetful).max(-1) < 1e-5
@@ -309,7 +309,7 @@ def test_it_learns_what_needs_memory(load, monkeypatch, seed):
     """Where IMPALA without the LSTM does not."""
     scores = []
     for script in (load("impala_lstm"), conftest.load("cleanba_impala_envpool")):
-        monkeypatch.setattr(script, "LSTM", 64, raising=False)
+        monkeypatch.setattr(script, "LSTM_UNITS", 64, raising=False)
         monkeypatch.setattr(script, "env_spec", lambda args: ((4, ablations.SIZE, ablations.SIZE), 3))
         monkeypatch.setattr(script, "make_env", lambda args, seeds, num_threads: Recall(seeds, height=4))
         flags = ablations.FLAGS | dict(learning_rate=8e-3, local_num_envs=8, num_steps=16)

@@ -50,7 +50,7 @@ def test_versions_do_not_depend_on_timing(script, concurrency):
     seen = []
     for update in range(1, updates + 1):
         deliveries = handoff.get_rollouts(update)
-        assert [delivery.rollout for delivery in deliveries] == [delivery.version for delivery in deliveries]
+        assert [delivery.pieces for delivery in deliveries] == [delivery.version for delivery in deliveries]
         assert len({delivery.version for delivery in deliveries}) == 1
         seen.append(deliveries[0].version)
         handoff.give_params(update, update)

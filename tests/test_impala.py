@@ -51,15 +51,15 @@ def test_vtrace_against_rlax(script, seed):
     terminated = rng.random(steps) < 0.1
     reward, value, rho = rng.normal(size=steps), rng.normal(size=steps + 1), np.exp(rng.normal(size=steps))
     rollout = make_rollout(script, reward, terminated, terminated)
-    rollout = rollout._replace(reset=np.zeros_like(rollout.reset))._replace(
-        reset=np.concatenate([[False], terminated])[:, None]
+    rollout = rollout._replace(is_reset_row=np.zeros_like(rollout.is_reset_row))._replace(
+        is_reset_row=np.concatenate([[False], terminated])[:, None]
     )
     as32 = lambda x: np.asarray(x, np.float32)
     expected = rlax.vtrace_td_error_and_advantage(
         as32(value[:-1]), as32(value[1:]), as32(reward), as32(gamma * ~terminated), as32(rho)
     )
     error = script.vtrace(rollout, as32(value)[:, None], as32(rho)[:, None], gamma)[:, 0]
-    live = ~rollout.reset[:-1, 0]
+    live = ~rollout.is_reset_row[:-1, 0]
     np.testing.assert_allclose(error[live], expected.errors[live], atol=1e-5)
     np.testing.assert_allclose(error[live], expected.pg_advantage[live], atol=1e-5)
 
@@ -104,7 +104,7 @@ def reference_loss(script, network, params, rollout, args):
     total = 0.0
     for env in range(envs):
         for t in range(steps):
-            if rollout.reset[t, env]:
+            if rollout.is_reset_row[t, env]:
                 continue
             action = rollout.behaviour.action[t, env]
             error, product = 0.0, 1.0
@@ -114,7 +114,7 @@ def reference_loss(script, network, params, rollout, args):
                 following = 0 if rollout.terminated[k, env] else value[k + 1, env]
                 error += product * rho * (rollout.reward[k, env] + args.gamma * following - value[k, env])
                 product *= args.gamma * rho
-                if rollout.reset[k + 1, env]:
+                if rollout.is_reset_row[k + 1, env]:
                     break
             entropy = -(np.exp(policy[t, env]) * policy[t, env]).sum()
             total += -error * policy[t, env, action] + args.vf_coef * 0.5 * error**2 - args.ent_coef * entropy
@@ -126,7 +126,7 @@ def test_loss_against_the_paper(script):
     params = network.init(jax.random.key(0), rollout.obs[0])
     loss, metrics = script.impala_loss(params, network.apply, rollout, args)
     assert float(loss) == pytest.approx(reference_loss(script, network, params, rollout, args), rel=1e-4)
-    assert metrics["weight"] == (~rollout.reset[:-1]).sum()
+    assert metrics["weight"] == (~rollout.is_reset_row[:-1]).sum()
 
 
 def test_the_learner_sums_over_the_whole_minibatch(script):

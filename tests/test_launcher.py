@@ -46,6 +46,9 @@ if game == "Broken-v5" and not os.path.exists("repaired"):
     sys.exit("the screen is black")
 if game == "Quiet-v5":
     sys.exit(0)
+if game == "Gpu-v5" and os.environ.get("JAX_PLATFORMS", "").startswith("cuda"):
+    print("error: a GPU was asked for, but the devices here are [0]", file=sys.stderr)
+    sys.exit(2)
 end("finished", 0)
 """
 
@@ -131,6 +134,56 @@ def test_a_failure_is_named_and_the_others_run(stub, tmp_path):
     assert first.endswith(f"--resume {log_of(tmp_path, 'Broken-v5').parent.name} --start-fresh")
 
 
+# what a full disk, a crash or another program leaves of a file in JSON
+NOT_WHOLE = [b"", b'{"status": "finished"', b"\xff\xfe", b"[]", b"null"]
+
+
+@pytest.mark.parametrize("content", NOT_WHOLE)
+def test_a_summary_that_is_not_whole_is_named_and_its_run_starts_again(stub, tmp_path, content):
+    flags = ["--env-ids", "One-v5", "Two-v5", "--seeds", "1"]
+    assert sweep(stub, *flags)[0] == 0
+    summary = log_of(tmp_path, "One-v5").with_name("summary.json")
+    summary.write_bytes(content)
+    code, out = sweep(stub, *flags)
+    assert code == 0, out
+    assert f"{summary.relative_to(tmp_path)} counts as missing, as it cannot be read: " in out
+    assert out.splitlines()[-1] == "runs: 2 finished"
+    assert starts(tmp_path) == {"One-v5 1": 2, "Two-v5 1": 1}
+
+
+def test_a_run_without_room_on_the_disk_fails_and_the_others_run(stub, tmp_path):
+    flags = ["--env-ids", "One-v5", "Two-v5", "--seeds", "1"]
+    assert sweep(stub, *flags)[0] == 0
+    log = log_of(tmp_path, "One-v5")
+    for path in tmp_path.glob("runs/*/summary.json"):
+        path.unlink()
+    log.unlink()
+    log.symlink_to("/dev/full")
+    code, out = sweep(stub, *flags)
+    assert code == 1, out
+    assert "runs: 1 failed, 1 finished" in out
+    assert f"failed: {log.parent.name}: it cannot be started: [Errno 28] No space left on device" in out
+    assert starts(tmp_path) == {"One-v5 1": 1, "Two-v5 1": 2}
+
+
+def test_a_sweep_without_the_gpus_that_it_asked_for_says_so_at_once(stub, tmp_path, monkeypatch):
+    """While the sweep goes on. Whoever sets JAX_PLATFORMS gets what they want."""
+    flags = ["--env-ids", "Gpu-v5", "Slow-v5", "--seeds", "1", "--gpus-per-worker", "1"]
+    error = "error: a GPU was asked for, but the devices here are [0]"
+    monkeypatch.delenv("JAX_PLATFORMS")
+    launcher = start(stub, *flags)
+    wait_for(lambda: starts(tmp_path)["Slow-v5 1"])
+    lines = [launcher.stdout.readline() for _ in range(4)]
+    assert not (tmp_path / "go").exists()
+    assert re.search(rf"failed: Gpu-v5__stub__1__\w+: {re.escape(error)}\n", lines[2]), lines
+    (tmp_path / "go").touch()
+    out = launcher.communicate(timeout=60)[0]
+    assert launcher.returncode == 1
+    assert re.search(rf"failed \(exit code 2\): read \S+, which ends with: {re.escape(error)}\n", out)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert sweep(stub, *flags) == (0, ANY)
+
+
 def test_a_killed_launcher_takes_its_runs_along_and_the_next_one_goes_on(stub, tmp_path):
     flags = ["--env-ids", "One-v5", "Slow-v5", "Two-v5", "--seeds", "1"]
     launcher = start(stub, *flags)
@@ -185,7 +238,7 @@ def test_a_terminal_shows_a_table(stub, tmp_path):
     assert launcher.wait(60) == 1
     assert re.search(r"runs: 1 running, 1 waiting\r\n +0 min  Slow-v5__stub__1__\w+: \S", out)
     assert "\x1b[1A\x1b[2K" in out  # drawn anew in the same place
-    assert re.search(r"failed: Broken-v5__stub__1__\w+\r\n", out)
+    assert re.search(r"failed: Broken-v5__stub__1__\w+: the screen is black\r\n", out)
 
 
 def call(monkeypatch, capsys, *flags: str) -> str:
@@ -215,6 +268,27 @@ def test_dry_run(monkeypatch, capsys):
         line.format(gpu=2, cores="0,1", rank=0, **seed_3) + line.format(gpu=3, cores="2,3", rank=1, **seed_3) + "wait",
         line.format(gpu=5, cores="5,6", rank=0, **seed_4) + line.format(gpu=7, cores="7,8", rank=1, **seed_4) + "wait",
     ]
+
+
+def test_every_run_of_a_dry_run_has_a_port_of_its_own(monkeypatch, capsys):
+    flags = ["--command", "a.py", "--processes", "2", "--env-ids", "Pong-v5", "--seeds", "1", "2", "3"]
+    lines = call(monkeypatch, capsys, *flags, "--dry-run").splitlines()
+    ports = [set(re.findall(r"127\.0\.0\.1:(\d+)", line)) for line in lines]
+    assert [len(own) for own in ports] == [1, 1, 1]
+    assert len(set.union(*ports)) == 3
+
+
+@pytest.mark.parametrize(
+    ("gpus", "given", "used"),
+    [("1", None, "cuda,cpu"), ("1", "", "cuda,cpu"), ("1", "rocm,cpu", "rocm,cpu"), ("0", None, None)],
+)
+def test_who_asks_for_gpus_says_so_to_jax(monkeypatch, capsys, gpus, given, used):
+    monkeypatch.delenv("JAX_PLATFORMS")
+    if given is not None:
+        monkeypatch.setenv("JAX_PLATFORMS", given)
+    flags = ["--command", "a.py", "--env-ids", "Pong-v5", "--seeds", "1", "--gpus-per-worker", gpus]
+    out = call(monkeypatch, capsys, *flags, "--dry-run")
+    assert re.findall(r"JAX_PLATFORMS=(\S+)", out) == ([used] if used else [])
 
 
 def test_other_flags_make_another_run_and_another_python_does_not(monkeypatch, capsys):
@@ -266,7 +340,7 @@ import json, os, re, subprocess, sys
 
 tool, words = os.path.basename(sys.argv[0]), sys.argv[1:]
 with open(os.environ["RECORDS"], "a") as records:
-    place = [os.environ.get(name) for name in ("SOURCE", "TASKS", "CUDA_VISIBLE_DEVICES")]
+    place = [os.environ.get(name) for name in ("SOURCE", "TASKS", "CUDA_VISIBLE_DEVICES", "JAX_PLATFORMS")]
     records.write(json.dumps([[tool, *words], *place]) + "\\n")
 if tool == "sbatch":
     while words and words[0].startswith("-"):
@@ -285,7 +359,7 @@ sys.exit(int(os.environ.get("EXIT_" + tool, 0)))
 
 @pytest.fixture
 def type_in(tmp_path, monkeypatch):
-    """Types a text in a shell; returns [words, source, tasks, GPUs] of every program that the text called."""
+    """Types a text in a shell; returns [words, source, tasks, GPUs, platforms] of every program that it called."""
     tools, records = tmp_path / "tools", tmp_path / "records"
     tools.mkdir()
     for name in ["pip", "uv", "python", "tensorboard", "sbatch", "srun", "scontrol"]:
@@ -339,6 +413,24 @@ def test_slurm_array(type_in, tmp_path, monkeypatch, capsys):
     assert "#SBATCH --array=0-1%2\n" in text
 
 
+@pytest.mark.parametrize(("given", "used"), [(None, "cuda,cpu"), ("cpu", "cpu")])
+def test_jobs_for_gpus_say_so_to_jax(type_in, monkeypatch, capsys, given, used):
+    """Else JAX passes over GPUs that it cannot use. A job that asked for none is left alone."""
+    monkeypatch.delenv("JAX_PLATFORMS")
+    if given is not None:
+        monkeypatch.setenv("JAX_PLATFORMS", given)
+
+    def platforms(text: str, program: str) -> set[str | None]:
+        return {record[-1] for record in type_in(text) if record[0][0] == program}
+
+    sweep = ["--command", "a.py", "--env-ids", "One-v5", "--seeds", "5", "--slurm", "--gpus-per-worker"]
+    job = lambda gpus: f"sbatch <<'END'\n{call(monkeypatch, capsys, *sweep, gpus)}END\n"
+    assert platforms(job("1"), "srun") == {used}
+    assert platforms(job("0"), "srun") == {given}
+    assert platforms("sbatch benchmark/slurm.sbatch cleanba_ppo_envpool.py", "srun") == {used}
+    assert platforms("PYTHON=python bash benchmark/gpu.sh out hashes", "python") == {used}
+
+
 def check(program: str, flags: list[str], tasks: int, gpus: str | None) -> None:
     """Hold flags against a program as it does itself, on a machine of eight devices, without starting anything."""
     if program in ("benchmark/plot", "benchmark/learns") and not find_spec("rliable"):
@@ -375,7 +467,7 @@ def test_every_command_that_we_tell_people_to_type_is_valid(type_in, monkeypatch
             flags += ["--env-ids", "Pong-v5", "--seeds", "1"]
             records += type_in(call(monkeypatch, capsys, *flags, "--dry-run"), source)
             records += type_in(f"sbatch <<'END'\n{call(monkeypatch, capsys, *flags, '--slurm')}END\n", source)
-    for words, source, tasks, gpus in records:
+    for words, source, tasks, gpus, _ in records:
         program = next((i for i, word in enumerate(words) if OURS.match(word)), None)
         if program is not None:
             try:
@@ -394,6 +486,17 @@ def test_processes_of_a_run_name_each_other(type_in, monkeypatch, capsys):
     places = [place(words) for words, *_ in type_in(call(monkeypatch, capsys, *flags, "--dry-run"))]
     assert sorted(p["--process-id"] for p in places) == ["0", "1", "2"]
     assert len({p["--coordinator-address"] for p in places}) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="there is a GPU")
+def test_a_real_run_that_asked_for_a_gpu_fails(monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS")
+    words = [sys.executable, str(conftest.ROOT / "cleanba_ppo_envpool.py"), *conftest.SMALL]
+    command = shlex.join([*words, "--total-timesteps", "8192"])
+    code, out = sweep(command, "--env-ids", "Breakout-v5", "--seeds", "1", "--gpus-per-worker", "1")
+    assert code == 1
+    assert re.search(r"failed: Breakout-v5__\w+: error: .*a GPU was asked for, but the devices here are", out), out
 
 
 @pytest.mark.slow

@@ -86,8 +86,8 @@ def test_other_data_other_bits(script):
 def test_what_a_reset_row_says_changes_no_bit(script):
     """Its reward, and its value where no time limit is bootstrapped from it, may be anything."""
     rollout = noise(script)
-    wasted = rollout.reset[:-1]
-    after_time_limit = np.concatenate([np.zeros((1, 16), bool), (rollout.reset[1:] & ~rollout.terminated)[:-1]])
+    wasted = rollout.is_reset_row[:-1]
+    after_time_limit = np.concatenate([np.zeros((1, 16), bool), (rollout.is_reset_row[1:] & ~rollout.terminated)[:-1]])
     assert wasted.sum() > 10
     changed = rollout._replace(reward=np.where(wasted, np.float32(1e6), rollout.reward))
     if "value" in script.Behaviour._fields:
@@ -151,13 +151,14 @@ def gradient_program(script, **flags):
     params = network.init(jax.random.key(0), rollout.obs[0])
     if hasattr(script, "ppo_loss"):
         estimate = script.compute_gae(rollout, 0.9, 0.9)
-        index = numbers.reshape(2, 1, 8)
-        sums = script.advantage_sums(estimate, index)
-        shard = (rollout, estimate, index, sums, script.advantage_sums(estimate, index, sums))
+        rows = numbers.reshape(2, 1, 8)
+        sums = script.minibatch_sums(estimate, rows)
+        squares = script.minibatch_squares(estimate, rows, sums)
+        data = script.ShardData(rollout, estimate, rows, sums, squares)
     else:
-        shard = (rollout, numbers.reshape(2, 1, 8), 0)
-    gradient = lambda params, *shard: script.shard_gradient(network, args, params, *shard)
-    return params, jax.make_jaxpr(gradient)(params, *shard, (0, 0)), jax.eval_shape(gradient, params, *shard, (0, 0))
+        data = script.ShardData(rollout, numbers.reshape(2, 1, 8), 0)
+    gradient = lambda params, data: script.shard_gradient(network, args, params, data, 0, 0)
+    return params, jax.make_jaxpr(gradient)(params, data), jax.eval_shape(gradient, params, data)
 
 
 @conftest.algorithms_fast

@@ -25,7 +25,7 @@ def run_of(scores, games=50, status="finished", **run):
     logs = [(part * (i + 1), i + 1, score, games) for i, score in enumerate(scores)]
     path = write_run(logs, **run, status=status, mean_score=scores[-1])
     text = (path / "run.json").read_text().replace('"args": {', '"args": {"img_size": 42, ')
-    (path / "run.json").write_text(text[:-1] + ', "around": {"script": "cleanba_ppo_envpool"}}')
+    (path / "run.json").write_text(text[:-1] + ', "platform": {"script": "cleanba_ppo_envpool"}}')
     return path
 
 
@@ -52,6 +52,30 @@ def test_a_run_that_did_not(monkeypatch, capsys, scores, run):
         play(monkeypatch, "runs")
     last = [line.split("|")[-2].strip() for line in capsys.readouterr().out.splitlines()[-2:]]
     assert last == ["yes", "no"]
+
+
+def test_what_is_not_whole_is_named_and_the_others_are_judged(monkeypatch, capsys):
+    """Half a summary: the run has not finished. Half of run.json: it is passed over."""
+    run_of([4, 6, 8, 12])
+    unfinished = run_of([4, 6, 8, 12], seed=2) / "summary.json"
+    unknown = run_of([4, 6, 8, 12], seed=3) / "run.json"
+    unfinished.write_text('{"status": "finished", "mean')
+    unknown.write_text("")
+    with pytest.raises(SystemExit, match="2 of 3 runs have not learned"):
+        play(monkeypatch, "runs")
+    out, err = capsys.readouterr()
+    assert [line.split("|")[-2].strip() for line in out.splitlines()[2:]] == ["yes", "no"]
+    for path in (unfinished, unknown):
+        assert f"{path} counts as missing, as it cannot be read: " in err
+    assert f"{unknown.parent} is passed over: " in err
+
+
+def test_nothing_to_judge(monkeypatch, capsys):
+    (run_of([4, 6, 8, 12]) / "run.json").write_text("")
+    with pytest.raises(SystemExit) as end:
+        play(monkeypatch, "runs")
+    assert end.value.code == 2
+    assert "error: RUNS runs: no run there has logged what can be judged" in capsys.readouterr().err
 
 
 def test_the_last_games_count_not_the_last_quarter(monkeypatch, capsys):

@@ -202,6 +202,28 @@ def test_unfinished_run_counts_as_far_as_it_came_and_is_named(run_plot):
         run_plot(str(cut), "--finished-only")
 
 
+@pytest.mark.parametrize("content", [b"", b'{"status": "finished", "mean', b"\xff", b"[]"])
+def test_a_summary_that_is_not_whole_is_named_and_the_run_is_unfinished(run_plot, capsys, content):
+    finished([(1000, 10.0, 10.0, 10)], 10.0, seed=1)
+    summary = finished([(300, 3.0, 8.0, 60)], -5.0, seed=2) / "summary.json"
+    summary.write_bytes(content)
+    table = run_plot("runs")
+    assert "Notes: unfinished, shown as far as they came: ppo Pong-v5 seed 2 (30%); " in table
+    assert cells(table, "Pong-v5")[0] == "9.0 ± 1.0 (2, 1 unfinished)"
+    assert f"{summary} counts as missing, as it cannot be read: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b'{"args": {"exp_name"', b"[]", b"{}"])
+def test_a_run_json_that_is_not_whole_is_named_and_the_others_are_shown(run_plot, capsys, content):
+    finished([(1000, 10.0, 10.0, 10)], 10.0, seed=1)
+    record = finished([(1000, 10.0, 8.0, 60)], 8.0, seed=2) / "run.json"
+    record.write_bytes(content)
+    table = run_plot("runs")
+    assert cells(table, "Pong-v5")[0] == "10.0 (1)"
+    assert f"{record.parent} left out, no log of these scripts in it yet, or no run.json" in table
+    assert f"{record} counts as missing, as it cannot be read: " in capsys.readouterr().err
+
+
 def test_missing_game_one_seed_unknown_game_and_no_finished_game_are_named(run_plot):
     logs = [(1000, 10.0, 5.0, 1)]
     for seed in (1, 2):
@@ -291,6 +313,18 @@ def test_checkpoints_that_were_played_are_a_curve(run_plot):
         curve = pd.read_csv(f"plots/{axis}.csv").query("experiment == 'ppo, checkpoints played'")
         np.testing.assert_allclose(curve[axis], [end / 3, 2 * end / 3, end], rtol=1e-5)
         np.testing.assert_allclose(curve["mean"].iloc[[0, -1]], [first, 7], rtol=1e-5)
+
+
+def test_checkpoints_whose_scores_are_not_whole(run_plot, capsys):
+    """A line that was cut is left out; without a whole one there is no curve."""
+    head = "update,steps,games,cut,mean,std,scores\n"
+    path = finished([(1000, 14400.0, 3.0, 1)], 3.0) / "evaluation.csv"
+    for text, points in [(head + "2,200,2,0,5.0,1.0,4 6\n6,600,2,1,7", [5.0]), (head, []), ("update,st", []), ("", [])]:
+        path.write_text(text)
+        run_plot("runs", "--points", "2", "--reference", "none")
+        steps = pd.read_csv("plots/steps.csv")
+        assert list(steps["mean"][steps["experiment"] == "ppo, checkpoints played"]) == points, text
+        assert (f"{path} counts as missing" in capsys.readouterr().err) == (not text.startswith(head))
 
 
 def test_equal_curves_are_both_seen_and_steps_are_frames_in_atari_games_only(run_plot, figures):

@@ -73,12 +73,12 @@ def test_gae_against_a_loop(script, gamma, gae_lambda):
     for env in range(envs):
         for t in range(steps):
             total, factor = 0.0, 1.0
-            if not rollout.reset[t, env]:
+            if not rollout.is_reset_row[t, env]:
                 for k in range(t, steps):
                     next_value = 0 if rollout.terminated[k, env] else value[k + 1, env]
                     total += factor * (rollout.reward[k, env] + gamma * next_value - value[k, env])
                     factor *= gamma * gae_lambda
-                    if rollout.reset[k + 1, env]:
+                    if rollout.is_reset_row[k + 1, env]:
                         break
             assert estimate.advantage[t, env] == pytest.approx(total, abs=2e-5)
 

@@ -145,6 +145,77 @@ def test_what_differs_is_named_by_all(script, launcher):
     assert not (launcher.directory / "runs").exists()
 
 
+@conftest.one_fast
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"JAX_ENABLE_X64": "1"}, "jax_enable_x64 True: process 1 differs from process 0, which has False."),
+        pytest.param(
+            {"XLA_FLAGS": "--xla_cpu_max_isa=SSE4_2"},
+            "XLA_FLAGS --xla_gpu_deterministic_ops=true --xla_cpu_max_isa=SSE4_2: process 1 differs",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_settings_that_differ_are_named_by_all(script, launcher, environment, told):
+    """They decide the bits: such processes would start from the same parameters, and part."""
+    flags = [*conftest.SMALL, "--num-actor-threads", "1", "--peer-timeout", "30"]
+    processes = launcher.start_processes(script, *flags, environments={1: environment})
+    start = all_wait(processes)
+    for process in processes:
+        _, err = end(process, 2, 15, start)
+        assert err.startswith(f"error: {told}")
+        assert err.count("\n") == 1
+
+
+def test_a_processor_is_described(script, monkeypatch):
+    """Model and vector instructions, which XLA compiles for; none of what changes from minute to minute."""
+    x86 = "processor\t: 0\ncpu family\t: 6\nmodel\t\t: 85\nmodel name\t: Xeon\ncpu MHz\t: 9\nflags\t: fpu avx2 fma\n"
+    arm = "processor\t: 0\nBogoMIPS\t: 1\nFeatures\t: fp asimd sve\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n"
+    for text, described in (
+        (x86, {"processor": "6, 85, Xeon", "instruction set": "avx2 fma"}),
+        (arm, {"processor": "0x41, 0xd40", "instruction set": "asimd sve"}),
+    ):
+        monkeypatch.setattr(script.Path, "read_text", lambda path, text=text: f"{text}\n{text}")
+        assert script.describe_processor() == described
+
+
+@conftest.one_fast
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        ({0: ["--resume", "nothing-here"]}, "--resume nothing-here: no checkpoint in runs/nothing-here can be read."),
+        pytest.param({1: ["--num-shards", "3"]}, "--num-shards 3: must divide the ", marks=pytest.mark.slow),
+        pytest.param({1: ["--load-model", "gone"]}, "--load-model gone: ", marks=pytest.mark.slow),
+    ],
+)
+def test_an_error_that_one_process_finds_ends_all(script, launcher, own, told):
+    """With its line and its exit code, and no stack of C++."""
+    flags = [*conftest.SMALL, "--num-actor-threads", "1", "--peer-timeout", "30"]
+    if 0 in own:
+        own[1] = own[0]  # both are given it; process 0 alone looks
+    processes = launcher.start_processes(script, *flags, differing=own)
+    start = all_wait(processes)
+    for process in processes:
+        _, err = end(process, 2, 20, start)
+        assert err.startswith(f"error: {told}"), err
+        assert err.count("\n") == 1
+    assert not (launcher.directory / "runs").exists()
+
+
+@conftest.one_fast
+def test_a_port_that_is_taken(script, launcher):
+    """As by another run that follows the same example."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = ["--coordinator-address", f"127.0.0.1:{taken.getsockname()[1]}", "--num-processes", "2"]
+        process = launcher.start(script, *place, "--process-id", "0")
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert out == ""
+    assert "each run needs a port of its own, and this one cannot be used ([Errno 98] Address already in use" in err
+    assert err.count("\n") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_never_comes(script, launcher, rank):

@@ -47,7 +47,7 @@ def played(script):
     envs, rng, resets, terminations = script.Envs(pool), np.random.default_rng(0), [], []
     actions = script.env_spec(args)[1]
     for _ in range(900):
-        resets.append(envs.reset)
+        resets.append(envs.is_reset_row)
         _, terminated = envs.step(rng.integers(0, actions, 4).astype(np.int32))
         terminations.append(terminated)
     return envs, np.stack(resets), np.stack(terminations), pool.rows
@@ -97,7 +97,7 @@ def test_games_that_end_among_the_no_ops_of_a_reset(script, game):
     envs, rng, resets = script.Envs(pool), np.random.default_rng(0), []
     full, actions = envs.lives.copy(), script.env_spec(args)[1]
     for _ in range(1500):
-        resets.append(envs.reset)
+        resets.append(envs.is_reset_row)
         envs.step(rng.integers(0, actions, 8).astype(np.int32))
     column = lambda name: np.stack([info[name] for *_, info in pool.rows])
     lives, reward, resets = column("lives"), column("reward"), np.stack(resets)
@@ -123,7 +123,7 @@ def test_a_game_over_at_the_last_step_is_no_time_limit(script, monkeypatch):
         rng = np.random.default_rng(0)
         for t in range(2000):
             _, terminated = envs.step(rng.integers(0, 4, 1).astype(np.int32))
-            if envs.over[0]:
+            if envs.game_over[0]:
                 return t + 1, bool(terminated[0])
         raise AssertionError("the game does not end")
 

@@ -37,7 +37,7 @@ def train_until(script, monkeypatch, update, **flags):
 
     def cut(report, *args):
         log(report, *args)
-        if report.kept["updates"] == update:
+        if report.updates == update:
             raise PowerCut
 
     args = script.Args(**TINY | flags, resume="it", start_fresh=True)
@@ -123,7 +123,7 @@ def test_what_may_change_on_resume(script, monkeypatch, capsys):
         with pytest.raises(script.FlagError) as caught:
             resume(script, **{flag: value})
         assert named in str(caught.value)
-    with pytest.raises(script.FlagError, match="--resume it: its network or optimizer is another"):
+    with pytest.raises(script.FlagError, match="--resume it: it has another network or optimizer"):
         resume_with_another_network(script, monkeypatch)
     assert json.loads(Path("runs/it/run.json").read_text())["args"]["gamma"] == 0.99  # no failed try left a trace
     assert Path("runs/it/summary.json").read_text() == summary
@@ -134,17 +134,19 @@ def test_what_may_change_on_resume(script, monkeypatch, capsys):
     for threads, told in ("3", [jax_told]), ("5", [jax_told, nproc_told]):  # four devices have four threads at least
         monkeypatch.setenv("NPROC", threads)
         capsys.readouterr()
-        *_, record = script.set_up(args)
-        _, lock, _ = script.claim_run(args, record)
-        assert capsys.readouterr().out.splitlines() == told
+        sizes, _, record = script.set_up(args)
+        report = script.Report(args, sizes, record)
+        assert capsys.readouterr().out.splitlines()[1:] == told
+        report.begin()
         with pytest.raises(script.FlagError, match="--resume it: another process has this run: end it first"):
             resume(script)
-        lock.close()
+        report.writer.close()
+        report.lock.close()
     newest = script.find_checkpoints(Path("runs/it"))[-1]
     content = script.unpack(newest.read_bytes())
     record = json.loads(content["record"])
     record["args"]["momentum"] = 0.9
-    script.write_file(newest, content | {"record": json.dumps(record)})
+    script.write_file(newest, script.pack(content | {"record": json.dumps(record)}))
     with pytest.raises(script.FlagError, match=r"^momentum None: the run to resume has 0\.9\."):
         resume(script)
 
@@ -179,15 +181,14 @@ def test_a_run_without_a_checkpoint(script):
     assert not Path("runs").exists()
     for name, directory in (("it", "runs/it"), ("here/it", "here/it")):
         args = script.Args(**TINY, resume=name, start_fresh=True)
-        *_, record = script.set_up(args)
-        opened, lock, data = script.claim_run(args, record)
-        assert (opened, data) == (Path(directory), b"")
-        lock.close()
+        sizes, _, record = script.set_up(args)
+        report = script.Report(args, sizes, record)
+        assert (report.run, report.checkpoint) == (Path(directory), b"")
 
 
 def test_a_directory_that_cannot_be_written(script):
     Path("runs").write_text("a file where the directory should be")
-    with pytest.raises(script.FlagError, match=r"--resume None: runs/.* cannot be written: "):
+    with pytest.raises(script.FlagError, match=r"the directory runs/.*: cannot be written: "):
         script.train(script.Args(**TINY))
 
 
@@ -329,7 +330,7 @@ def test_a_full_disk(script, whole, tmp_path, monkeypatch):
 
     def fill(report, update, tree):
         if update == 4:
-            report.finish()
+            report.wait_for_checkpoint()
             space = os.statvfs("runs")
             os.posix_fallocate(ballast.fileno(), 0, space.f_bavail * space.f_bsize)
         save(report, update, tree)

@@ -255,7 +255,7 @@ def test_environments_that_hang(script, monkeypatch, counting_pool, how):
     monkeypatch.setattr(script, "env_spec", lambda args: ((4, 8, 8), 4))
     monkeypatch.setattr(script, "make_env", lambda args, seeds, n: Hanging(4))
     args = script.Args(**TINY | dict(img_size=8), **timeout, total_timesteps=10**6, resume="it", start_fresh=True)
-    said = r"actor 0: step 4 of its environments takes over \d s"
+    said = r"actor 0: step 4 of its environments takes more than \d s"
     error, message = (KeyboardInterrupt, "") if how == "Ctrl-C" else (TimeoutError, said)
     try:
         with pytest.raises(error, match=message):
@@ -272,13 +272,14 @@ def test_environments_that_hang(script, monkeypatch, counting_pool, how):
 def test_phases_and_whole_updates_are_told(script, capsys):
     """Making environments and compiling take seconds each; 100 steps are three updates of 32. Resumed: from where."""
     script.train(script.Args(**TINY, total_timesteps=100))
-    making, compiling, first, *_ = capsys.readouterr().out.splitlines()
+    devices, making, compiling, first, *_ = capsys.readouterr().out.splitlines()
+    assert devices.startswith("devices: actors on ")
     assert making == "0 of 3 updates of 32 steps are done; making environments"
     assert "compiling" in compiling
     assert "32/96 steps" in first
     (run,) = Path("runs").iterdir()
     script.train(script.Args(**TINY, total_timesteps=100, resume=run.name))
-    assert capsys.readouterr().out.startswith("3 of 3 updates of 32 steps are done")
+    assert "\n3 of 3 updates of 32 steps are done" in capsys.readouterr().out
 
 
 @conftest.one_fast
@@ -303,7 +304,7 @@ def test_load_model(script):
     assert two["args"]["load_model"] == model
     assert script.train(script.Args(**tiny, resume="three"))["params_sha256"] != one["params_sha256"]
 
-    with pytest.raises(script.FlagError, match=f"--load-model {model}: its network or optimizer is another"):
+    with pytest.raises(script.FlagError, match=f"--load-model {model}: it has another network or optimizer"):
         script.train(script.Args(**tiny | dict(channels=(5,)), resume="four"))
     Path("bad.msgpack").write_bytes(Path(model).read_bytes()[:-1])
     Path("checkpoint.msgpack").write_bytes(sealed({"update": 1}))
@@ -330,8 +331,8 @@ def test_nan_ends_the_run(script):
 
 
 @conftest.one_fast
-def test_whatever_fails_leaves_a_summary(script, monkeypatch):
-    """From the moment the run's directory exists, here while the network is built."""
+def test_what_fails_before_the_run_begins_leaves_nothing(script, monkeypatch):
+    """Here while the network is built; from the moment that its directory exists, a run ends with a summary."""
 
     class Broken(script.ActorCritic):
         def __call__(self, obs):
@@ -340,6 +341,11 @@ def test_whatever_fails_leaves_a_summary(script, monkeypatch):
     monkeypatch.setattr(script, "ActorCritic", Broken)
     with pytest.raises(ZeroDivisionError):
         script.train(script.Args(img_size=16))
+    assert not Path("runs").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(script, "make_update", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        script.train(script.Args(img_size=16, channels=(4,)))
     (summary,) = [json.loads(path.read_text()) for path in Path("runs").glob("*/summary.json")]
     assert (summary["status"], summary["updates"], summary["params_sha256"]) == ("failed", 0, None)
 
@@ -397,3 +403,23 @@ def test_track_syncs_to_wandb(script, monkeypatch):
     assert (options["project"], options["entity"], options["sync_tensorboard"]) == ("p", "e", True)
     script.train(replace(args, resume=summary["run_name"]))
     assert (calls[2]["id"], calls[2]["resume"]) == ("abc", "allow")
+
+
+@conftest.one_fast
+def test_track_without_a_login(script, monkeypatch):
+    """One line that offers a way without, and no empty folder among the runs."""
+
+    class Error(Exception):
+        """Stands in for wandb's."""
+
+    def init(**options):
+        raise Error("No API key configured. Use `wandb login` to log in.")
+
+    wandb = types.ModuleType("wandb")
+    wandb.init, wandb.Error = init, Error
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(script, "find_spec", lambda name: wandb)
+    message = r"^--track True: .*\(No API key configured.*\); WANDB_MODE=offline works without a login"
+    with pytest.raises(script.FlagError, match=message):
+        script.train(script.Args(**TINY, track=True))
+    assert not Path("runs").exists()

@@ -11,9 +11,9 @@ import sync_siblings
 from sync_siblings import ROOT, SIBLINGS, SOURCE
 
 ALLOWED = (
-    "envpool flax gymnasium huggingface_hub imageio jax numpy optax orbax rich tensorboard tqdm tyro wandb".split()  # noqa: SIM905
+    "envpool flax gymnasium huggingface_hub imageio jax numpy optax orbax rich tensorboard tqdm tyro wandb".split()
 )
-BUDGET = {"cleanba_ppo_envpool_impala_atari_wrapper": 60, "cleanba_impala_envpool": 230}
+BUDGET = {"cleanba_ppo_envpool_impala_atari_wrapper": 60, "cleanba_impala_envpool": 280}
 CHANGED = {  # every default that differs from the PPO script's
     "cleanba_ppo_envpool_impala_atari_wrapper": {"local_num_envs": 60, "num_actor_threads": 1, "concurrency": True},
     "cleanba_impala_envpool": {
@@ -35,7 +35,7 @@ class TestSibling:
     def test_shared_parts_are_the_same_bytes(self, sibling):
         ours, theirs = sync_siblings.split(SOURCE.read_text()), sync_siblings.split(sibling.read_text())
         titles = [title for title in ours if sync_siblings.shared(title)]
-        assert len(titles) == 10
+        assert len(titles) == 11
         assert [title for title in titles if ours[title] != theirs[title]] == []
 
     def test_diff_budget(self, sibling):

@@ -1,0 +1,162 @@
+"""Ctrl-C and SIGTERM: always heard, always the same exit code, and nothing that was on its way to the disk is lost."""
+
+import json
+import os
+import random
+import signal
+import time
+
+import conftest
+import pytest
+from conftest import wait_for_line
+
+TINY = ["--img-size", "16", "--channels", "4", "--local-num-envs", "4", "--num-actor-threads", "1", "--num-steps", "8"]
+TINY += ["--num-minibatches", "1", "--log-frequency", "1"]
+ENDLESS = ["--total-timesteps", "100000000"]
+IT = ["--resume", "it", "--start-fresh"]
+
+SLOW_DISK = """
+fsync = os.fsync
+def slow(file):
+    print("writing", flush=True)
+    time.sleep(3)
+    fsync(file)
+write = script.Report.write_checkpoint
+def write_checkpoint(*arguments):
+    os.fsync = slow
+    write(*arguments)
+    os.fsync = fsync
+script.Report.write_checkpoint = write_checkpoint
+"""
+
+
+@conftest.one_fast
+def test_ctrl_c_while_the_run_waits_for_its_checkpoint(script, launcher, tmp_path):
+    """The checkpoint, with the default frequency the only one, is on disk when the process ends."""
+    process = launcher.start_patched(script, SLOW_DISK, *TINY, *IT, "--total-timesteps", "64")
+    wait_for_line(process, "writing")
+    time.sleep(0.5)  # into the wait
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "go on from update 2 with --resume runs/it" in out
+    assert (tmp_path / "runs/it/checkpoints/2.msgpack").exists()
+
+
+@conftest.one_fast
+def test_a_second_sigterm_does_not_lose_the_checkpoint_that_is_written(script, launcher, tmp_path):
+    process = launcher.start_patched(script, SLOW_DISK, *TINY, *IT, *ENDLESS, "--checkpoint-frequency", "2")
+    wait_for_line(process, "writing")
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert "go on from update 2 with --resume runs/it" in out
+    assert json.loads((tmp_path / "runs/it/summary.json").read_text())["status"] == "preempted"
+
+
+BUSY_ACTOR = """
+import jax
+def spin(x):
+    return jax.lax.fori_loop(0, 10**12, lambda i, x: x * 1.0001, x)
+collect, rounds = script.collect, []
+def busy(*arguments):
+    rounds.append(1)
+    if len(rounds) > 2:
+        print("busy", flush=True)
+        jax.jit(spin)(jax.device_put(1.0, jax.devices()[1])).block_until_ready()
+    return collect(*arguments)
+script.collect = busy
+update = script.Report.update
+def tell(report, *arguments):
+    update(report, *arguments)
+    while len(rounds) == 2:
+        time.sleep(0.01)
+    if len(rounds) > 2:
+        time.sleep(0.5)
+        os.kill(os.getpid(), script.signal.SIGTERM)
+        time.sleep(0.1)
+script.Report.update = tell
+"""
+
+
+@conftest.one_fast
+def test_sigterm_while_an_actor_is_inside_xla(script, launcher):
+    """Python's own way out would abort over the actor's thread, with exit code 134."""
+    flags = [*TINY, *ENDLESS, "--concurrency", "--actor-device-ids", "1"]
+    process = launcher.start_patched(script, BUSY_ACTOR, *flags)
+    out, err = process.communicate(timeout=60)
+    assert "preempted: " in out
+    assert process.returncode == 143, err
+
+
+@pytest.mark.slow
+@conftest.one_fast
+@pytest.mark.parametrize("count", [1, 2])
+def test_sigterm_at_ten_random_moments(script, launcher, count):
+    """With new environments after every second update, in one process or sent to one of two."""
+    flags = [*conftest.SMALL, *ENDLESS, "--checkpoint-frequency", "2", "--log-frequency", "1"]
+    for attempt in range(10):
+        if count == 1:
+            processes = [launcher.start(script, *flags, PYTHONUNBUFFERED="1")]
+        else:
+            processes = launcher.start_processes(script, *flags, "--num-actor-threads", "1")
+        wait_for_line(processes[0], "devices: ")
+        time.sleep(random.uniform(0, 20))
+        processes[attempt % count].send_signal(signal.SIGTERM)
+        errors = [process.communicate(timeout=60)[1] for process in processes]
+        assert [process.returncode for process in processes] == [143] * count, errors
+
+
+@conftest.one_fast
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_process_waits_for_the_others(script, launcher, rank, number):
+    process = launcher.start_processes(script, *TINY, *ENDLESS, "--peer-timeout", "60", ranks=[rank])[0]
+    wait_for_line(process, "waiting")
+    time.sleep(1)
+    process.send_signal(number)
+    start = time.monotonic()
+    assert process.wait(30) == 128 + number
+    assert time.monotonic() - start < 2
+
+
+@conftest.one_fast
+def test_sigterm_when_nobody_reads_stderr(script, launcher, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    flags = [*TINY, *ENDLESS, *IT, "--log-frequency", "20"]
+    process = launcher.start_patched(script, f"os.dup2({writer}, 2)", *flags, pass_fds=[writer])
+    wait_for_line(process, "steps/s,")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    assert json.loads((tmp_path / "runs/it/summary.json").read_text())["status"] == "preempted"
+
+
+@conftest.one_fast
+def test_a_closed_stderr(script, launcher, tmp_path):
+    """What was opened in its place, here a log of TensorBoard, gets no message of ours, and none of XLA's."""
+    command = [f"{conftest.ROOT}/{script.__name__}.py", *TINY, *ENDLESS, *IT]
+    process = launcher.start_shell(f'exec "$PYTHON" {" ".join(command)} 2>&-')
+    wait_for_line(process, "steps/s,")
+    assert os.readlink(f"/proc/{process.pid}/fd/2") == os.devnull
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    assert not [path for path in (tmp_path / "runs").rglob("*") if path.is_file() and b"SIGTERM" in path.read_bytes()]
+
+
+@conftest.one_fast
+def test_a_run_that_was_frozen_goes_on(script, launcher):
+    """SLURM suspends jobs, and containers are paused: that is no hung environment, however long it lasts."""
+    process = launcher.start(script, *TINY, *ENDLESS, "--actor-timeout", "1", PYTHONUNBUFFERED="1")
+    for _ in range(4):
+        wait_for_line(process, "steps/s,")
+        time.sleep(random.uniform(0, 0.1))
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(2.5)
+        process.send_signal(signal.SIGCONT)
+    for _ in range(3):
+        wait_for_line(process, "steps/s,")
+    process.kill()
+    process.communicate()
