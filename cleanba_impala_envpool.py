@@ -20,7 +20,8 @@ plays which rollout never depends on which thread was fast:
     python THIS_FILE.py --actor-device-ids 0 --learner-device-ids 1 2 3 --num-shards 6 --local-num-envs 60
 
 To change the environment edit section 2, the network section 3, the loss or a metric section 7. Everything about
-learning comes before the stairs and ends with `train`; below them is where it runs and what is kept.
+learning comes before the stairs and ends with `train`; below them is where it runs and what is kept. A copy needs no
+other file. Sections marked [shared] are the same in all three scripts.
 
 Departures from the published code (benchmark/results/README.md has all): (1) reset rows teach nothing, (2) time limits
 are bootstrapped, (4) an action is paired with the reward it earned, (5) the loss is one sum over the global minibatch,
@@ -75,8 +76,8 @@ import envpool  # noqa: E402
 # A type says what a value must be: (rule, test). The comment behind a flag is its help.
 Count = Annotated[int, "must be 1 or more", lambda x: x >= 1]
 Natural = Annotated[int, "must be 0 or more", lambda x: x >= 0]
-Positive = Annotated[float, "must be above 0", lambda x: 0 < x < np.inf]
-Weight = Annotated[float, "must be 0 or more", lambda x: 0 <= x < np.inf]
+Positive = Annotated[float, "must be above 0 and finite", lambda x: 0 < x < np.inf]
+Weight = Annotated[float, "must be 0 or more and finite", lambda x: 0 <= x < np.inf]
 Fraction = Annotated[float, "must be between 0 and 1", lambda x: 0 <= x <= 1]
 Widths = Annotated[tuple[int, ...], "must be one or more widths, each 1 or more", lambda x: min(x, default=0) >= 1]
 Ids = Annotated[tuple[int, ...], "must be different ids, each 0 or more", lambda x: len({*x}) == len(x) > 0 <= min(x)]
@@ -223,12 +224,9 @@ class Envs:
         Where a lost life ends an episode, the game may end during the reset that follows. EnvPool then starts the next
         game without a word, or it reports the same end twice.
         """
-        restarted = (self.lives > 0) & (self.lives < self.full_lives) & (lives >= self.full_lives)
+        restarted = (self.lives > 0) & (self.lives < self.full_lives) & (lives == self.full_lives)
         silent_game_over = self.is_reset_row & ~self.game_over & restarted
-        first_row = self.game_over  # of a game
         self.game_over = ended & ~self.game_over | silent_game_over
-        # No-ops at the start may have cost the very first game a life.
-        self.full_lives = np.where(first_row, np.maximum(self.full_lives, lives), self.full_lives)
         self.lives = lives
         self.games += zip(self.score[self.game_over].tolist(), self.length[self.game_over].tolist(), strict=True)
         self.score[self.game_over] = 0
@@ -418,10 +416,11 @@ class HandOff:
     spends one per rollout. So the versions acting in updates 1, 2, 3, 4 are 0, 1, 2, 3, or 0, 0, 1, 2 with concurrency.
     """
 
-    def __init__(self, actor_devices, concurrency, step_timeout=lambda: np.inf):
+    def __init__(self, actor_devices, concurrency, actor_timeout=np.inf, signals_received=()):
         self.devices = actor_devices
         self.concurrency = concurrency
-        self.step_timeout = step_timeout  # () -> seconds that a step of an actor's environments may take
+        self.actor_timeout = actor_timeout  # seconds that a step of an actor's environments, or making them, may take
+        self.signals_received = signals_received
         self.envs = dict.fromkeys(actor_devices)  # of each actor; None while they are made
         self.params = {actor_id: queue.SimpleQueue() for actor_id in actor_devices}
         self.rollouts = {actor_id: queue.SimpleQueue() for actor_id in actor_devices}
@@ -466,8 +465,10 @@ class HandOff:
                 step = f"step {envs.steps_begun} of its environments" if envs.is_stepping else "waiting"
             waited = waited + 1 if step == last_step else 1
             last_step = step
-            if waited > self.step_timeout() and step != "waiting":
-                raise TimeoutError(f"actor {actor_id}: {step} takes more than {self.step_timeout()} s")
+            if waited > self.actor_timeout and step != "waiting":
+                raise TimeoutError(f"actor {actor_id}: {step} takes more than {self.actor_timeout} s")
+            if waited > 6 and envs is not None and envs.is_stepping and self.signals_received:
+                sys.exit(128 + signal.SIGTERM)  # whoever wants to end does not wait for a step that hangs
 
     def stop(self):
         """Called by the learner: no actor waits or plays on."""
@@ -489,29 +490,32 @@ def vtrace(rollout, value, rho, gamma):
     The value of the next observation is dropped where an episode terminated; the trace is cut where it ended for any
     reason. At a time limit obs[t + 1] is the episode's last observation, so its value bootstraps exactly.
 
-    value: f32[T+1,B], V(obs); rho: f32[T,B], pi / mu, not clipped. Returns v - V, f32[T,B], 0 in reset rows. With these
-    clips it is the policy's advantage too: rho (r + gamma v' - V) = rho (r + gamma V' - V) + gamma c (v' - V').
+    value: f32[T+1,B], V(obs); rho: f32[T,B], pi / mu, not clipped. Returns v - V, f32[T,B], 0 in reset rows, where v is
+    the target. It is the policy's advantage too, because rho and c have the same clip: with both clipped, and ' for the
+    next row, rho (r + gamma v' - V) = rho (r + gamma V' - V) + gamma c (v' - V').
     """
-    clipped_rho = jnp.minimum(rho, 1.0)  # and c, which has the same bound
+    clipped_rho = jnp.minimum(rho, 1.0)  # c too
     next_value = jnp.where(rollout.terminated, 0.0, value[1:])
     delta = clipped_rho * (rollout.reward + gamma * next_value - value[:-1])
     trace = jnp.where(rollout.is_reset_row[1:], 0.0, gamma * clipped_rho)
 
-    # advantage[t] = delta[t] + trace[t] advantage[t + 1], not as a loop, which a GPU would run in T small steps
-    def join_rows(later, row):
+    # error[t] = delta[t] + trace[t] error[t + 1], not as a loop, which a GPU would run in T small steps. A stretch of
+    # rows is (its delta, the product of its traces), which stays finite because no trace is above 1.
+    def join(later, earlier):
         later_delta, later_trace = later
-        delta, trace = row
-        return delta + trace * later_delta, trace * later_trace
+        earlier_delta, earlier_trace = earlier
+        return earlier_delta + earlier_trace * later_delta, earlier_trace * later_trace
 
-    advantage, _ = jax.lax.associative_scan(join_rows, (delta, trace), reverse=True)
-    return jnp.where(rollout.is_reset_row[:-1], 0.0, advantage)
+    error, _ = jax.lax.associative_scan(join, (delta, trace), reverse=True)
+    return jnp.where(rollout.is_reset_row[:-1], 0.0, error)
 
 
 def impala_loss(params, apply, rollout, args):
     """IMPALA's loss (Espeholt et al. 2018, section 4.2) summed over T rows of M environments, reset rows left out.
 
-    apply: (params, obs) -> (logits f32[N,A], value f32[N]). Metrics are sums too; `summarise` divides by "weight".
-    Returns (loss f32[], metrics).
+    apply: (params, obs) -> (logits f32[N,A], value f32[N]). Returns (loss f32[], metrics). Metrics are added up over
+    all shards with the gradient, and `summarise` divides them by "weight": each must be a `total(...)`. (A maximum, as
+    rho_max, needs a line in `piece_gradient` and in `summarise`.) One that is not finite ends the run.
     """
     steps, envs = rollout.reward.shape
     logits, value = apply(params, rollout.obs.reshape(-1, *rollout.obs.shape[2:]))
@@ -522,7 +526,7 @@ def impala_loss(params, apply, rollout, args):
 
     logprob = log_prob(logits, rollout.behaviour.action)
     rho = jnp.exp(logprob - log_prob(rollout.behaviour.logits, rollout.behaviour.action))
-    error = jax.lax.stop_gradient(vtrace(rollout, value, rho, args.gamma))
+    error = jax.lax.stop_gradient(vtrace(rollout, value, rho, args.gamma))  # v - V, and the policy's advantage
     target = jax.lax.stop_gradient(value[:-1]) + error
     policy_loss = -total(error * logprob)
     value_loss = total(0.5 * jnp.square(target - value[:-1]))
@@ -594,8 +598,11 @@ def shuffle(args, num_envs, key, shard):
 ShardData = namedtuple("ShardData", "rollout order number")
 
 
-def shard_gradient(network, args, params, data, minibatch, piece):
-    """Gradient and metrics of one piece of a shard's part of a minibatch, to be added to all the others."""
+def piece_gradient(network, args, params, data, minibatch, piece):
+    """Gradient and metrics of one piece of a shard's part of a minibatch, to be added to all the others.
+
+    minibatch, piece: their numbers.
+    """
     envs = data.order[minibatch, piece]
     rows = jax.tree.map(lambda x: x[:, envs], data.rollout)
     (_, metrics), gradient = jax.value_and_grad(impala_loss, has_aux=True)(params, network.apply, rows, args)
@@ -610,12 +617,13 @@ def make_update(args, network, devices, sizes):
     """The learner: (states, rollouts, key) -> (states, metrics of every minibatch).
 
     states: one TrainState, the same on every local learner device; rollouts: one of every local shard, on its device.
-    Minibatches are a Python loop: in `lax.scan` a convolution's gradient is ten times slower on a CPU. All arithmetic
-    is in programs for one device and of fixed shape, so its bits do not depend on the topology.
+    Minibatches are a Python loop: in `lax.scan` a convolution's gradient is ten times slower on a CPU. Gradients are
+    programs for one device and of fixed shape, and shards are added up as one fixed tree, so the bits do not depend on
+    the topology.
     """
     shards = devices.shards
     shuffle_envs = jax.jit(partial(shuffle, args, sizes.shard_envs))
-    piece_gradient = jax.jit(partial(shard_gradient, network, args))
+    gradient_of_piece = jax.jit(partial(piece_gradient, network, args))
     add_trees = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
     sum_over_shards = make_sum_over_shards(devices)  # [part of each local shard] -> [sum, on each local learner device]
 
@@ -623,11 +631,11 @@ def make_update(args, network, devices, sizes):
     def apply_gradient(state, gradient):
         return state.apply_gradients(grads=gradient), optax.tree.norm(gradient)
 
-    def minibatch_gradient(params, data, minibatch):
+    def shard_gradient(params, data, minibatch):
         """Gradient and metrics of one shard's part of a minibatch, its pieces added up one after the other."""
-        total = piece_gradient(params, data, minibatch, 0)
+        total = gradient_of_piece(params, data, minibatch, 0)
         for piece in range(1, args.gradient_accumulation_steps):
-            total = add_trees(total, piece_gradient(params, data, minibatch, piece))
+            total = add_trees(total, gradient_of_piece(params, data, minibatch, piece))
         return total
 
     def update(states, rollouts, key):
@@ -640,15 +648,16 @@ def make_update(args, network, devices, sizes):
         for minibatch in range(args.num_minibatches):
             parts = []
             for shard, data in zip(shards, shard_data, strict=True):
-                parts.append(minibatch_gradient(states[shard.learner].params, data, minibatch))
+                parts.append(shard_gradient(states[shard.learner].params, data, minibatch))
             totals = sum_over_shards(parts)
 
             previous_states = states
             states = []
-            for state, (gradient, minibatch_metrics) in zip(previous_states, totals, strict=True):
-                state, minibatch_metrics["grad_norm"] = apply_gradient(state, gradient)
+            for state, (gradient, _) in zip(previous_states, totals, strict=True):
+                state, norm = apply_gradient(state, gradient)
                 states.append(state)
-            metrics.append(minibatch_metrics)  # of the last learner: all have the same bits
+            _, minibatch_metrics = totals[-1]  # of the last learner, as the norm: all have the same bits
+            metrics.append(minibatch_metrics | {"grad_norm": norm})
             # Queue one step ahead and no more, so that an actor on the same device gets its turn.
             jax.block_until_ready(previous_states)
         return states, metrics
@@ -674,10 +683,7 @@ def train(args, signals_received=()):
         updates = range(done + 1, sizes.updates + 1)
         status = "finished"
 
-        def step_timeout():
-            return 4 if signals_received else args.actor_timeout  # whoever wants to end does not wait for a hung step
-
-        handoff = HandOff(devices.actors, args.concurrency, step_timeout)
+        handoff = HandOff(devices.actors, args.concurrency, args.actor_timeout, signals_received)
         with playing(args, sizes, devices, make_policy(network), handoff, actor_key, updates):
             if args.concurrency:
                 handoff.give_params(max(0, done - 1), previous_params)
@@ -722,7 +728,10 @@ def train(args, signals_received=()):
 # === The stairs: above, what is learned; below, where it runs, what is kept, what is shown ============================
 # === §10 The reproducible sum [shared] ================================================================================
 def tree_sum(parts, while_even: bool = False):
-    """Sum by a balanced binary tree: neighbours are added, level by level, and an odd last one moves up as it is."""
+    """[sum] by a balanced binary tree: neighbours are added, level by level, and an odd last one moves up as it is.
+
+    while_even: stop where a level is odd, because its last part may have its neighbour on another device.
+    """
     while len(parts) > 1 and not (while_even and len(parts) % 2):
         sums = [jax.tree.map(jnp.add, a, b) for a, b in zip(parts[::2], parts[1::2], strict=False)]
         parts = sums + parts[2 * len(sums) :]
@@ -861,7 +870,8 @@ def check_args(args, num_processes=1):
     for flag, kind in get_type_hints(Args, include_extras=True).items():
         value = getattr(args, flag)
         default = getattr(Args, flag)
-        is_plain = type(value) is type(default) or default is None
+        kind_of_default = (float, int) if isinstance(default, float) else type(default)
+        is_plain = isinstance(value, kind_of_default) or default is None
         require(is_plain, args, flag, f"must be of the type {type(default).__name__}", default)
         if hasattr(kind, "__metadata__"):
             rule, is_met = kind.__metadata__
@@ -1138,8 +1148,10 @@ def check_resume(before, now):
         if now["platform"].get(name) != value:
             print(f"{name}: {now['platform'].get(name)} now and {value} before, the bits may differ", flush=True)
     actors = "num_actor_threads of all devices and processes"
+    defaults = json.loads(json.dumps(vars(Args())))  # which a flag had that is new
+    flags_before = defaults | before["args"] | {actors: before["actors"]}
     flags_now = now["args"] | {actors: now["actors"]}
-    for flag, value in (before["args"] | {actors: before["actors"]}).items():
+    for flag, value in flags_before.items():
         if flags_now.get(flag) != value and flag not in FLAGS_FREE_ON_RESUME:
             raise flag_error(flag, flags_now.get(flag), f"the run to resume has {value}", value)
 

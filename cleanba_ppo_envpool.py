@@ -20,7 +20,8 @@ plays which rollout never depends on which thread was fast:
     python THIS_FILE.py --actor-device-ids 0 --learner-device-ids 1 2 3 --num-shards 6 --local-num-envs 60
 
 To change the environment edit section 2, the network section 3, the loss or a metric section 7. Everything about
-learning comes before the stairs and ends with `train`; below them is where it runs and what is kept.
+learning comes before the stairs and ends with `train`; below them is where it runs and what is kept. A copy needs no
+other file. Sections marked [shared] are the same in all three scripts.
 
 Departures from the published code (benchmark/results/README.md has all): (1) reset rows teach nothing, (2) time limits
 are bootstrapped, (3) advantages are normalised over the global minibatch, (7) seeds and keys are distinct, (8)
@@ -74,8 +75,8 @@ import envpool  # noqa: E402
 # A type says what a value must be: (rule, test). The comment behind a flag is its help.
 Count = Annotated[int, "must be 1 or more", lambda x: x >= 1]
 Natural = Annotated[int, "must be 0 or more", lambda x: x >= 0]
-Positive = Annotated[float, "must be above 0", lambda x: 0 < x < np.inf]
-Weight = Annotated[float, "must be 0 or more", lambda x: 0 <= x < np.inf]
+Positive = Annotated[float, "must be above 0 and finite", lambda x: 0 < x < np.inf]
+Weight = Annotated[float, "must be 0 or more and finite", lambda x: 0 <= x < np.inf]
 Fraction = Annotated[float, "must be between 0 and 1", lambda x: 0 <= x <= 1]
 Widths = Annotated[tuple[int, ...], "must be one or more widths, each 1 or more", lambda x: min(x, default=0) >= 1]
 Ids = Annotated[tuple[int, ...], "must be different ids, each 0 or more", lambda x: len({*x}) == len(x) > 0 <= min(x)]
@@ -226,12 +227,9 @@ class Envs:
         Where a lost life ends an episode, the game may end during the reset that follows. EnvPool then starts the next
         game without a word, or it reports the same end twice.
         """
-        restarted = (self.lives > 0) & (self.lives < self.full_lives) & (lives >= self.full_lives)
+        restarted = (self.lives > 0) & (self.lives < self.full_lives) & (lives == self.full_lives)
         silent_game_over = self.is_reset_row & ~self.game_over & restarted
-        first_row = self.game_over  # of a game
         self.game_over = ended & ~self.game_over | silent_game_over
-        # No-ops at the start may have cost the very first game a life.
-        self.full_lives = np.where(first_row, np.maximum(self.full_lives, lives), self.full_lives)
         self.lives = lives
         self.games += zip(self.score[self.game_over].tolist(), self.length[self.game_over].tolist(), strict=True)
         self.score[self.game_over] = 0
@@ -424,10 +422,11 @@ class HandOff:
     spends one per rollout. So the versions acting in updates 1, 2, 3, 4 are 0, 1, 2, 3, or 0, 0, 1, 2 with concurrency.
     """
 
-    def __init__(self, actor_devices, concurrency, step_timeout=lambda: np.inf):
+    def __init__(self, actor_devices, concurrency, actor_timeout=np.inf, signals_received=()):
         self.devices = actor_devices
         self.concurrency = concurrency
-        self.step_timeout = step_timeout  # () -> seconds that a step of an actor's environments may take
+        self.actor_timeout = actor_timeout  # seconds that a step of an actor's environments, or making them, may take
+        self.signals_received = signals_received
         self.envs = dict.fromkeys(actor_devices)  # of each actor; None while they are made
         self.params = {actor_id: queue.SimpleQueue() for actor_id in actor_devices}
         self.rollouts = {actor_id: queue.SimpleQueue() for actor_id in actor_devices}
@@ -472,8 +471,10 @@ class HandOff:
                 step = f"step {envs.steps_begun} of its environments" if envs.is_stepping else "waiting"
             waited = waited + 1 if step == last_step else 1
             last_step = step
-            if waited > self.step_timeout() and step != "waiting":
-                raise TimeoutError(f"actor {actor_id}: {step} takes more than {self.step_timeout()} s")
+            if waited > self.actor_timeout and step != "waiting":
+                raise TimeoutError(f"actor {actor_id}: {step} takes more than {self.actor_timeout} s")
+            if waited > 6 and envs is not None and envs.is_stepping and self.signals_received:
+                sys.exit(128 + signal.SIGTERM)  # whoever wants to end does not wait for a step that hangs
 
     def stop(self):
         """Called by the learner: no actor waits or plays on."""
@@ -483,10 +484,11 @@ class HandOff:
 
 
 # === §7 Loss ==========================================================================================================
-# f32[T,B] each: advantage; target, the return that the value is fitted to; weight, 1. All are 0 in reset rows.
+# f32[T,B] each: the advantage; the target, that is the return that the value is fitted to; the weight, 0 in reset rows
+# and else 1. In reset rows all three are 0.
 Estimate = namedtuple("Estimate", "advantage target weight")
-# M rows of one shard: obs [M,...]; Behaviour; f32[M] each: advantage (normalised), target, weight (the row's share of
-# the global minibatch: those of all shards sum to 1)
+# M rows of one shard: obs [M,...]; Behaviour; f32[M] each: the advantage, normalised; the target; the weight, which is
+# the row's share of the global minibatch, so that all shards' weights sum to 1, and alone masks reset rows.
 Minibatch = namedtuple("Minibatch", "obs behaviour advantage target weight")
 
 
@@ -520,9 +522,11 @@ def compute_gae(rollout, gamma, gae_lambda):
 
 
 def ppo_loss(params, apply, minibatch, args):
-    """PPO's clipped objective (Schulman et al. 2017, eq. 7 and 9), weighted; the sum over all shards is the loss.
+    """PPO's clipped objective (Schulman et al. 2017, eq. 7 and 9): these rows' part of a mean over the minibatch.
 
-    apply: (params, obs) -> (logits f32[M,A], value f32[M]). Every metric is a weighted mean like the loss itself.
+    apply: (params, obs) -> (logits f32[M,A], value f32[M]). Returns (loss f32[], metrics). Metrics are added up over
+    all shards with the gradient, and `summarise` takes the mean over minibatches: each must be a `mean(...)`. (For a
+    maximum see rho_max in the IMPALA script.) One that is not finite ends the run.
     """
     mean = lambda x: jnp.sum(minibatch.weight * x)
     logits, value = apply(params, minibatch.obs)
@@ -611,20 +615,23 @@ def minibatch_squares(estimate, rows, sums):
 
 # What the gradients of one shard are computed from in an epoch: its Rollout, its Estimate, the order of its rows,
 # i32[minibatches, pieces, M], and the sums and squares of the advantages of every global minibatch.
-ShardData = namedtuple("ShardData", "rollout estimate rows sums squares")
+ShardData = namedtuple("ShardData", "rollout estimate order sums squares")
 
 
-def shard_gradient(network, args, params, data: ShardData, minibatch, piece):
-    """Gradient and metrics of one piece of a shard's part of a minibatch, to be added to all the others."""
-    rollout, estimate, rows, sums, squares = data
-    row, obs, behaviour = take_rows((estimate, rollout.obs, rollout.behaviour), rows[minibatch, piece])
-    weight = jnp.maximum(sums["weight"][minibatch], 1.0)
-    advantage = row.advantage
+def piece_gradient(network, args, params, data, minibatch, piece):
+    """Gradient and metrics of one piece of a shard's part of a minibatch, to be added to all the others.
+
+    minibatch, piece: their numbers.
+    """
+    rollout, estimate, order, sums, squares = data
+    taken, obs, behaviour = take_rows((estimate, rollout.obs, rollout.behaviour), order[minibatch, piece])
+    total_weight = jnp.maximum(sums["weight"][minibatch], 1.0)
+    advantage = taken.advantage
     if args.norm_adv:
-        mean = sums["advantage"][minibatch] / weight
-        deviation = jnp.sqrt(squares[minibatch] / weight)
+        mean = sums["advantage"][minibatch] / total_weight
+        deviation = jnp.sqrt(squares[minibatch] / total_weight)
         advantage = (advantage - mean) / (deviation + 1e-8)
-    rows = Minibatch(obs, behaviour, advantage, row.target, row.weight / weight)
+    rows = Minibatch(obs, behaviour, advantage, taken.target, taken.weight / total_weight)
     (_, metrics), gradient = jax.value_and_grad(ppo_loss, has_aux=True)(params, network.apply, rows, args)
     return gradient, metrics
 
@@ -633,16 +640,17 @@ def make_update(args, network, devices, sizes):
     """The learner: (states, rollouts, key) -> (states, metrics of every minibatch).
 
     states: one TrainState, the same on every local learner device; rollouts: one of every local shard, on its device.
-    Epochs and minibatches are a Python loop: in `lax.scan` a convolution's gradient is ten times slower on a CPU. All
-    arithmetic is in programs for one device and of fixed shape, so its bits do not depend on the topology.
+    Epochs and minibatches are a Python loop: in `lax.scan` a convolution's gradient is ten times slower on a CPU.
+    Gradients are programs for one device and of fixed shape, and shards are added up as one fixed tree, so the bits do
+    not depend on the topology.
     """
     shards = devices.shards
     estimate_advantages = jax.jit(lambda rollout: compute_gae(rollout, args.gamma, args.gae_lambda))
     num_rows, _ = shuffled(args, sizes.shard_envs)
     shuffle_rows = jax.jit(partial(shuffle, args, num_rows))
-    local_sums = jax.jit(minibatch_sums)
-    local_squares = jax.jit(minibatch_squares)
-    piece_gradient = jax.jit(partial(shard_gradient, network, args))
+    own_sums = jax.jit(minibatch_sums)
+    own_squares = jax.jit(minibatch_squares)
+    gradient_of_piece = jax.jit(partial(piece_gradient, network, args))
     add_trees = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
     sum_over_shards = make_sum_over_shards(devices)  # [part of each local shard] -> [sum, on each local learner device]
 
@@ -650,21 +658,21 @@ def make_update(args, network, devices, sizes):
     def apply_gradient(state, gradient):
         return state.apply_gradients(grads=gradient), optax.tree.norm(gradient)
 
-    def minibatch_gradient(params, data, minibatch):
+    def shard_gradient(params, data, minibatch):
         """Gradient and metrics of one shard's part of a minibatch, its pieces added up one after the other."""
-        total = piece_gradient(params, data, minibatch, 0)
+        total = gradient_of_piece(params, data, minibatch, 0)
         for piece in range(1, args.gradient_accumulation_steps):
-            total = add_trees(total, piece_gradient(params, data, minibatch, piece))
+            total = add_trees(total, gradient_of_piece(params, data, minibatch, piece))
         return total
 
     def shuffle_shards(rollouts, estimates, keys, epoch):
         """For every shard, on its device: the order of an epoch, and the statistics of its global minibatches."""
-        rows = [shuffle_rows(keys[shard.learner], epoch, shard.number) for shard in shards]
-        sums = sum_over_shards([local_sums(*pair) for pair in zip(estimates, rows, strict=True)])
-        sums = [sums[shard.learner] for shard in shards]
-        squares = sum_over_shards([local_squares(*triple) for triple in zip(estimates, rows, sums, strict=True)])
-        squares = [squares[shard.learner] for shard in shards]
-        return [ShardData(*columns) for columns in zip(rollouts, estimates, rows, sums, squares, strict=True)]
+        orders = [shuffle_rows(keys[shard.learner], epoch, shard.number) for shard in shards]
+        totals = sum_over_shards([own_sums(*pair) for pair in zip(estimates, orders, strict=True)])
+        sums = [totals[shard.learner] for shard in shards]
+        totals = sum_over_shards([own_squares(*triple) for triple in zip(estimates, orders, sums, strict=True)])
+        squares = [totals[shard.learner] for shard in shards]
+        return [ShardData(*columns) for columns in zip(rollouts, estimates, orders, sums, squares, strict=True)]
 
     def update(states, rollouts, key):
         keys = [jax.device_put(key, device) for device in devices.learners]
@@ -675,15 +683,16 @@ def make_update(args, network, devices, sizes):
             for minibatch in range(args.num_minibatches):
                 parts = []
                 for shard, data in zip(shards, shard_data, strict=True):
-                    parts.append(minibatch_gradient(states[shard.learner].params, data, minibatch))
+                    parts.append(shard_gradient(states[shard.learner].params, data, minibatch))
                 totals = sum_over_shards(parts)
 
                 previous_states = states
                 states = []
-                for state, (gradient, minibatch_metrics) in zip(previous_states, totals, strict=True):
-                    state, minibatch_metrics["grad_norm"] = apply_gradient(state, gradient)
+                for state, (gradient, _) in zip(previous_states, totals, strict=True):
+                    state, norm = apply_gradient(state, gradient)
                     states.append(state)
-                metrics.append(minibatch_metrics)  # of the last learner: all have the same bits
+                _, minibatch_metrics = totals[-1]  # of the last learner, as the norm: all have the same bits
+                metrics.append(minibatch_metrics | {"grad_norm": norm})
                 # Queue one step ahead and no more, so that an actor on the same device gets its turn.
                 jax.block_until_ready(previous_states)
         return states, metrics
@@ -709,10 +718,7 @@ def train(args, signals_received=()):
         updates = range(done + 1, sizes.updates + 1)
         status = "finished"
 
-        def step_timeout():
-            return 4 if signals_received else args.actor_timeout  # whoever wants to end does not wait for a hung step
-
-        handoff = HandOff(devices.actors, args.concurrency, step_timeout)
+        handoff = HandOff(devices.actors, args.concurrency, args.actor_timeout, signals_received)
         with playing(args, sizes, devices, make_policy(network), handoff, actor_key, updates):
             if args.concurrency:
                 handoff.give_params(max(0, done - 1), previous_params)
@@ -757,7 +763,10 @@ def train(args, signals_received=()):
 # === The stairs: above, what is learned; below, where it runs, what is kept, what is shown ============================
 # === §10 The reproducible sum [shared] ================================================================================
 def tree_sum(parts, while_even: bool = False):
-    """Sum by a balanced binary tree: neighbours are added, level by level, and an odd last one moves up as it is."""
+    """[sum] by a balanced binary tree: neighbours are added, level by level, and an odd last one moves up as it is.
+
+    while_even: stop where a level is odd, because its last part may have its neighbour on another device.
+    """
     while len(parts) > 1 and not (while_even and len(parts) % 2):
         sums = [jax.tree.map(jnp.add, a, b) for a, b in zip(parts[::2], parts[1::2], strict=False)]
         parts = sums + parts[2 * len(sums) :]
@@ -896,7 +905,8 @@ def check_args(args, num_processes=1):
     for flag, kind in get_type_hints(Args, include_extras=True).items():
         value = getattr(args, flag)
         default = getattr(Args, flag)
-        is_plain = type(value) is type(default) or default is None
+        kind_of_default = (float, int) if isinstance(default, float) else type(default)
+        is_plain = isinstance(value, kind_of_default) or default is None
         require(is_plain, args, flag, f"must be of the type {type(default).__name__}", default)
         if hasattr(kind, "__metadata__"):
             rule, is_met = kind.__metadata__
@@ -1173,8 +1183,10 @@ def check_resume(before, now):
         if now["platform"].get(name) != value:
             print(f"{name}: {now['platform'].get(name)} now and {value} before, the bits may differ", flush=True)
     actors = "num_actor_threads of all devices and processes"
+    defaults = json.loads(json.dumps(vars(Args())))  # which a flag had that is new
+    flags_before = defaults | before["args"] | {actors: before["actors"]}
     flags_now = now["args"] | {actors: now["actors"]}
-    for flag, value in (before["args"] | {actors: before["actors"]}).items():
+    for flag, value in flags_before.items():
         if flags_now.get(flag) != value and flag not in FLAGS_FREE_ON_RESUME:
             raise flag_error(flag, flags_now.get(flag), f"the run to resume has {value}", value)
 

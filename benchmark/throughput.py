@@ -56,7 +56,7 @@ class Options:
 
 
 def make_shard_data(script, args, sizes, devices, rollouts, keys, total) -> list:
-    """What `shard_gradient` takes of each shard, as the scripts' `make_update` makes it."""
+    """What `piece_gradient` takes of each shard, as the scripts' `make_update` makes it."""
     number, _ = script.shuffled(args, sizes.shard_envs)
     on = [shard.learner for shard in devices.shards]
     numbers = [shard.number for shard in devices.shards]
@@ -93,7 +93,7 @@ def make_parts(script, args, sizes, devices) -> dict[str, Callable]:
     update, total = script.make_update(args, network, devices, sizes), script.make_sum_over_shards(devices)
     on = [shard.learner for shard in devices.shards]
     shard_data = make_shard_data(script, args, sizes, devices, rollouts, keys, total)
-    gradient = jax.jit(script.partial(script.shard_gradient, network, args))
+    gradient = jax.jit(script.partial(script.piece_gradient, network, args))
     piece = lambda *at: [gradient(states[d].params, data, *at) for d, data in zip(on, shard_data, strict=True)]
     gradients = lambda m: [piece(m, i) for i in range(args.gradient_accumulation_steps)]
     optimizer, terms = jax.jit(lambda state, grads: state.apply_gradients(grads=grads)), piece(0, 0)

@@ -157,7 +157,7 @@ def gradient_program(script, **flags):
         data = script.ShardData(rollout, estimate, rows, sums, squares)
     else:
         data = script.ShardData(rollout, numbers.reshape(2, 1, 8), 0)
-    gradient = lambda params, data: script.shard_gradient(network, args, params, data, 0, 0)
+    gradient = lambda params, data: script.piece_gradient(network, args, params, data, 0, 0)
     return params, jax.make_jaxpr(gradient)(params, data), jax.eval_shape(gradient, params, data)
 
 

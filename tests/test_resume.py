@@ -149,6 +149,11 @@ def test_what_may_change_on_resume(script, monkeypatch, capsys):
     script.write_file(newest, script.pack(content | {"record": json.dumps(record)}))
     with pytest.raises(script.FlagError, match=r"^momentum None: the run to resume has 0\.9\."):
         resume(script)
+    del record["args"]["momentum"], record["args"]["gamma"]  # as if --gamma were new: the run had its default
+    script.write_file(newest, script.pack(content | {"record": json.dumps(record)}))
+    with pytest.raises(script.FlagError, match=r"^--gamma 0\.9: the run to resume has 0\.99\."):
+        resume(script, gamma=0.9)
+    resume(script)
 
 
 def resume_with_another_network(script, monkeypatch):

@@ -146,17 +146,31 @@ def test_a_closed_stderr(script, launcher, tmp_path):
     assert not [path for path in (tmp_path / "runs").rglob("*") if path.is_file() and b"SIGTERM" in path.read_bytes()]
 
 
+SLOW_STEPS = """
+make_env = script.make_env
+class Slow:
+    def __init__(self, pool):
+        self.pool, self.steps, self.reset = pool, 0, pool.reset
+    def step(self, action):
+        self.steps += 1
+        if self.steps % 20 == 0:
+            print("a slow step", flush=True)
+            time.sleep(0.5)
+        return self.pool.step(action)
+script.make_env = lambda *arguments: Slow(make_env(*arguments))
+"""
+
+
 @conftest.one_fast
 def test_a_run_that_was_frozen_goes_on(script, launcher):
-    """SLURM suspends jobs, and containers are paused: that is no hung environment, however long it lasts."""
-    process = launcher.start(script, *TINY, *ENDLESS, "--actor-timeout", "1", PYTHONUNBUFFERED="1")
-    for _ in range(4):
-        wait_for_line(process, "steps/s,")
-        time.sleep(random.uniform(0, 0.1))
+    """SLURM suspends jobs, and containers are paused: that is no hung step, though it lasts longer than one may."""
+    process = launcher.start_patched(script, SLOW_STEPS, *TINY, *ENDLESS, "--actor-timeout", "1")
+    for _ in range(3):
+        wait_for_line(process, "a slow step")
+        time.sleep(0.1)  # into it
         process.send_signal(signal.SIGSTOP)
         time.sleep(2.5)
         process.send_signal(signal.SIGCONT)
-    for _ in range(3):
         wait_for_line(process, "steps/s,")
     process.kill()
     process.communicate()
