@@ -617,9 +617,8 @@ def make_update(args, network, devices, sizes):
     """The learner: (states, rollouts, key) -> (states, metrics of every minibatch).
 
     states: one TrainState, the same on every local learner device; rollouts: one of every local shard, on its device.
-    Minibatches are a Python loop: in `lax.scan` a convolution's gradient is ten times slower on a CPU. Gradients are
-    programs for one device and of fixed shape, and shards are added up as one fixed tree, so the bits do not depend on
-    the topology.
+    A Python loop, because in `lax.scan` a convolution's gradient is ten times slower on a CPU. Gradients are programs
+    for one device and of fixed shape, added up as one fixed tree, so the bits do not depend on the topology.
     """
     shards = devices.shards
     shuffle_envs = jax.jit(partial(shuffle, args, sizes.shard_envs))
