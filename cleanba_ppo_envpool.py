@@ -684,7 +684,6 @@ def make_update(args, network, devices, sizes):
                 for shard, data in zip(shards, shard_data, strict=True):
                     parts.append(shard_gradient(states[shard.learner].params, data, minibatch))
                 totals = sum_over_shards(parts)
-
                 previous_states = states
                 states = []
                 for state, (gradient, _) in zip(previous_states, totals, strict=True):
