@@ -169,7 +169,10 @@ def env_spec(args):
 
 
 def env_seeds(seed, generation, first, count):
-    """Seeds (int32) of the environments `first` to `first + count - 1`, numbered over all actors of all processes."""
+    """Seeds (int32) of the environments `first` to `first + count - 1`, numbered over all actors of all processes.
+
+    generation: how many checkpoints were made before, each of which brings new games.
+    """
     seeds = []
     for number in range(first, first + count):
         sequence = np.random.SeedSequence(seed, spawn_key=(generation, number))
@@ -373,8 +376,8 @@ def collect(envs, policy, params, key, num_steps, seconds, stopped=None):
 def playing(args, sizes, devices, policy, handoff, key, updates):
     """While this lasts, every actor of this process plays the rollouts of `updates`, each in its own thread.
 
-    An actor makes its environments anew after every checkpoint, so that a resumed actor meets the same games, and
-    carries nothing random from rollout to rollout. So it can start at the first update, or after any checkpoint.
+    An actor makes its environments anew after every checkpoint, so that a resumed actor meets the same games, and its
+    keys depend on the update alone. So it can start at the first update, or after any checkpoint.
     """
     num_envs = args.local_num_envs
     env_threads = args.env_threads or max(1, num_cores() // sizes.actors)
@@ -384,8 +387,8 @@ def playing(args, sizes, devices, policy, handoff, key, updates):
             actor_key = jax.random.fold_in(jax.device_put(key, device), actor_id)  # away from the learner's programs
             for update in updates:
                 generation, updates_since_checkpoint = divmod(update - 1, args.checkpoint_frequency or sys.maxsize)
-                if updates_since_checkpoint == 0 or update == updates[0]:
-                    handoff.envs[actor_id] = envs = None  # the previous pool goes first
+                if updates_since_checkpoint == 0:  # as at a run's start, be it the first or a later one
+                    handoff.envs[actor_id] = envs = None  # the previous pool goes first: two might not fit in memory
                     seeds = env_seeds(args.seed, generation, actor_id * num_envs, num_envs)
                     handoff.envs[actor_id] = envs = Envs(make_env(args, seeds, env_threads))
                 envs.games = []

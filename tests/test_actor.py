@@ -79,7 +79,8 @@ def played(script, monkeypatch, pool, actor_id, updates):
     network = type("Network", (), {"apply": lambda self, params, obs: (np.zeros((len(obs), 6)), np.zeros(len(obs)))})()
     monkeypatch.setattr(script, "make_env", lambda args, seeds, num_threads: pool(len(seeds)))
     monkeypatch.setattr(script, "ship", lambda rollout, *where: rollout)
-    args, sizes = script.Args(num_steps=8, local_num_envs=4, num_actor_threads=1), script.Sizes(1, 32, 1, 8)
+    args = script.Args(num_steps=8, local_num_envs=4, num_actor_threads=1, checkpoint_frequency=1)
+    sizes = script.Sizes(1, 32, 1, 8)
     devices = script.Devices({actor_id: jax.devices()[0]}, None, None, None)
     handoff = script.HandOff(devices.actors, False)
     with script.playing(args, sizes, devices, script.make_policy(network), handoff, jax.random.key(0), updates):
@@ -110,7 +111,7 @@ def test_an_actor_that_is_stopped_ends(script, counting_pool, monkeypatch):
         break  # leaves the actor waiting
     gc.collect()
     assert [thread for thread in threading.enumerate() if thread.name.startswith("actor")] == []
-    assert [pool() for pool in pools] == [None]
+    assert {pool() for pool in pools} == {None}
     stopped = threading.Event()
     stopped.set()
     envs = script.Envs(counting_pool(2))
