@@ -147,7 +147,7 @@ def env_options(args):
     return dict(
         episodic_life=False,
         repeat_action_probability=0.25,
-        noop_max=1,  # none; but a reset presses FIRE where the game wants it (use_fire_reset)
+        noop_max=1,  # one frame, with FIRE if the action set has it (use_fire_reset), as in the published code
         full_action_space=True,
         max_episode_steps=27_000,  # 108,000 frames, 30 minutes of play
         reward_clip=True,
@@ -961,17 +961,28 @@ def join(args, signals_received):
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is the run's own
     visible = sorted({*args.actor_device_ids, *args.learner_device_ids})
     timeouts = dict(initialization_timeout=args.peer_timeout, heartbeat_timeout_seconds=args.peer_timeout)
-    connect = partial(jax.distributed.initialize, *place, visible, **timeouts, shutdown_timeout_seconds=10)
-    connecting = ThreadPoolExecutor(1).submit(connect)  # so that this thread hears signals
-    while not connecting.done():
-        wait([connecting], timeout=0.5)
-        if signals_received:
-            sys.exit(128 + signal.SIGTERM)
-    try:
+
+    def connect(*place, **options):
+        connect_here = partial(jax.distributed.initialize, *place, visible, **timeouts, shutdown_timeout_seconds=10)
+        connecting = ThreadPoolExecutor(1).submit(connect_here, **options)  # so that this thread hears signals
+        while not connecting.done():
+            wait([connecting], timeout=0.5)
+            if signals_received:
+                sys.exit(128 + signal.SIGTERM)
         connecting.result()
+
+    try:
+        connect(*place)
     except (ValueError, IndexError) as error:
         rule = f"no cluster says where the processes are, so all three flags are needed ({error})"
         raise flag_error("coordinator_address", address, rule, example) from None
+    # The run moves to a port that no other run knows: a stranger that came to the first one would end it.
+    host, _, _ = global_state.coordinator_address.rpartition(":")
+    with socket.create_server(("", 0)) as free:
+        port = share(free.getsockname()[1])[0]
+    place = (f"{host}:{port}", global_state.num_processes, global_state.process_id)
+    jax.distributed.shutdown()
+    connect(*place, coordinator_bind_address=f"[::]:{port}")
 
 
 share_rounds = count(1)
@@ -1558,15 +1569,18 @@ def listen_for_signals(signals_received):
         if signals_received[number] > 1:
             sys.exit(128 + number)
         with suppress(OSError):  # where nobody reads it
-            os.write(sys.stderr.fileno(), b"SIGTERM: the run ends after this update, at a second one at once\n")
+            os.write(2, b"SIGTERM: the run ends after this update, at a second one at once\n")
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
 
 
 def main():
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - takes the number 2, so that no file of the run gets it
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the number of one that is closed, so that no file of the run gets it
     args = parse_args(sys.argv[1:])
     configure_jax(args)
     signals_received = Counter()

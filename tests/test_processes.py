@@ -216,6 +216,26 @@ def test_a_port_that_is_taken(script, launcher):
     assert err.count("\n") == 1
 
 
+@conftest.one_fast
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_process_of_another_run_on_the_same_port(script, launcher, rank):
+    """Once a run has met it has left the port that it was given, where a stranger would end it."""
+    place = ["--coordinator-address", f"127.0.0.1:{conftest.free_port()}", "--num-processes", "2", "--process-id"]
+    flags = [*ENDLESS, "--peer-timeout", "30"]
+    run = [launcher.start(script, *flags, *place, str(i), PYTHONUNBUFFERED="1") for i in range(2)]
+    wait_for(run[0], "steps/s,")
+    stranger = launcher.start(script, *flags, *place, str(rank), PYTHONUNBUFFERED="1")
+    wait_for(stranger, "waiting")
+    for _ in range(20):
+        wait_for(run[0], "steps/s,")
+    time.sleep(3)
+    assert [process.poll() for process in run] == [None, None]
+    run[0].send_signal(signal.SIGTERM)
+    assert [process.wait(30) for process in run] == [143, 143]
+    stranger.kill()
+    stranger.communicate()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_never_comes(script, launcher, rank):
