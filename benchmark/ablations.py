@@ -110,7 +110,7 @@ ALL_LATE = """\
 UNMASKED = {  # texts that only one of the algorithms has
     "is_reset_row = rollout.is_reset_row[:-1]": "is_reset_row = jnp.zeros_like(rollout.is_reset_row[:-1])",
     "weight = 1.0 - rollout.is_reset_row[:-1]": "weight = jnp.ones_like(rollout.reward)",
-    "return jnp.where(rollout.is_reset_row[:-1], 0.0, advantage)": "return advantage",
+    "return jnp.where(rollout.is_reset_row[:-1], 0.0, error)": "return error",
 }
 
 
