@@ -14,6 +14,7 @@ from pathlib import Path
 import conftest
 import jax
 import pytest
+from conftest import wait_for_line
 
 ENDLESS = [*conftest.SMALL, "--num-actor-threads", "1", "--log-frequency", "1", "--peer-timeout", "10"]
 
@@ -106,13 +107,6 @@ def test_partitions(script, launcher, mode):
         assert (summary["episodes"], summary["mean_score"]) == (alone["episodes"], alone["mean_score"])
 
 
-def wait_for(process, text):
-    for line in process.stdout:
-        if text in line:
-            return
-    raise AssertionError(process.stderr.read())
-
-
 def end(process, code, seconds, since):
     """What a process that must end says on stderr."""
     out, err = process.communicate(timeout=60)
@@ -124,7 +118,7 @@ def end(process, code, seconds, since):
 def all_wait(processes):
     """The time at which all have done their imports and wait for one another."""
     for process in processes:
-        wait_for(process, "waiting")
+        wait_for_line(process, "waiting")
     return time.monotonic()
 
 
@@ -223,11 +217,11 @@ def test_a_process_of_another_run_on_the_same_port(script, launcher, rank):
     place = ["--coordinator-address", f"127.0.0.1:{conftest.free_port()}", "--num-processes", "2", "--process-id"]
     flags = [*ENDLESS, "--peer-timeout", "30"]
     run = [launcher.start(script, *flags, *place, str(i), PYTHONUNBUFFERED="1") for i in range(2)]
-    wait_for(run[0], "steps/s,")
+    wait_for_line(run[0], "steps/s,")
     stranger = launcher.start(script, *flags, *place, str(rank), PYTHONUNBUFFERED="1")
-    wait_for(stranger, "waiting")
+    wait_for_line(stranger, "waiting")
     for _ in range(20):
-        wait_for(run[0], "steps/s,")
+        wait_for_line(run[0], "steps/s,")
     time.sleep(3)
     assert [process.poll() for process in run] == [None, None]
     run[0].send_signal(signal.SIGTERM)
@@ -240,7 +234,7 @@ def test_a_process_of_another_run_on_the_same_port(script, launcher, rank):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_never_comes(script, launcher, rank):
     process = launcher.start_processes(script, *ENDLESS, ranks=[rank])[0]
-    wait_for(process, f"waiting 10 s at most for the processes [{1 - rank}]")
+    wait_for_line(process, f"waiting 10 s at most for the processes [{1 - rank}]")
     _, err = end(process, None, 20, time.monotonic())
     assert "DEADLINE_EXCEEDED" in err
 
@@ -248,7 +242,7 @@ def test_a_process_that_never_comes(script, launcher, rank):
 @conftest.one_fast
 def test_kill_9_of_one_ends_the_other(script, launcher):
     survivor, victim = launcher.start_processes(script, *ENDLESS)
-    wait_for(survivor, "steps/s,")
+    wait_for_line(survivor, "steps/s,")
     victim.kill()
     out, _ = end(survivor, None, 15, time.monotonic())
     if survivor.returncode == 1:  # it was in a collective, and not in a wait of JAX's own
@@ -263,7 +257,7 @@ def test_kill_9_of_one_ends_the_other(script, launcher):
 def test_no_process_outlives_another(script, launcher, victim, number):
     """Killed, frozen or interrupted, the first, the second or the last of three."""
     processes = launcher.start_processes(script, *ENDLESS, "--num-shards", "6", count=3)
-    wait_for(processes[0], "steps/s,")
+    wait_for_line(processes[0], "steps/s,")
     start = time.monotonic()
     processes[victim].send_signal(number)
     try:
@@ -280,7 +274,7 @@ def test_no_process_outlives_another(script, launcher, victim, number):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_sigterm_to_one_ends_all_at_the_same_update(script, launcher, rank):
     processes = launcher.start_processes(script, *ENDLESS)
-    wait_for(processes[0], "steps/s,")
+    wait_for_line(processes[0], "steps/s,")
     processes[rank].send_signal(signal.SIGTERM)
     out, err = processes[0].communicate(timeout=30)
     assert "preempted: " in out

@@ -15,6 +15,7 @@ from pathlib import Path
 import conftest
 import numpy as np
 import pytest
+from conftest import wait_for_line
 from flax import serialization
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -131,13 +132,6 @@ def test_scores_are_the_games_own(script, monkeypatch):
     assert summary["episodes"] == len(scores) > 5
     assert summary["mean_score"] == pytest.approx(np.mean(scores))
     assert summary["mean_score"] > 10  # rewards of SpaceInvaders are 5 to 200; clipped they would be 1
-
-
-def wait_for_line(process, text):
-    for line in process.stdout:
-        if text in line:
-            return
-    raise AssertionError(process.stderr.read())
 
 
 @conftest.one_fast
