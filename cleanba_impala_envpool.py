@@ -922,7 +922,8 @@ def join(args, signals_received):
             rule = f"each run needs a port of its own, and this one cannot be used ({error})"
             raise flag_error("coordinator_address", address, rule, example) from None
 
-    print(f"waiting at most {args.peer_timeout} s for the other processes of the run", flush=True)
+    meeting = f"{args.num_processes} processes to meet at {address}" if address else "the cluster's processes to meet"
+    print(f"waiting at most {args.peer_timeout} s for {meeting}", flush=True)
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is the run's own
     visible = sorted({*args.actor_device_ids, *args.learner_device_ids})
     timeouts = dict(initialization_timeout=args.peer_timeout, heartbeat_timeout_seconds=args.peer_timeout)
