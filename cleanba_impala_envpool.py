@@ -824,11 +824,13 @@ PER_PROCESS_FLAGS = """
     coordinator_address num_processes process_id distributed env_threads actor_device_ids learner_device_ids
 """.split()
 # flags that may change on resume: where a run is, and what is kept and shown of it
-FLAGS_FREE_ON_RESUME = """
-    coordinator_address num_processes process_id distributed env_threads actor_device_ids learner_device_ids
+FLAGS_FREE_ON_RESUME = (
+    """
     num_actor_threads peer_timeout actor_timeout exp_name track wandb_project_name wandb_entity log_frequency
     keep_checkpoints resume start_fresh load_model save_model eval_episodes
 """.split()
+    + PER_PROCESS_FLAGS
+)
 
 
 # What the flags amount to: actors of this process, steps of an update (T * B over all processes), environments of a

@@ -149,11 +149,12 @@ def test_one_line_before_anything_is_done(script, launcher, tmp_path, flags, env
     """Soon after the imports; of the processor's time, for another program may keep it busy."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = launcher.start(script, *flags.split(), **environment)
-    _, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert err.startswith(f"error: {message}"), err
     assert err.count("\n") == 1, err
     assert process.returncode == 2
+    assert out == "" or "--distributed" in flags  # which says that it waits
     assert not list(tmp_path.iterdir())
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
 

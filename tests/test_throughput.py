@@ -163,7 +163,7 @@ def test_trace_and_memory(script, monkeypatch, capsys, tmp_path):
 
 
 def test_a_wrong_flag_is_named(script, monkeypatch):
-    assert "error: --num-shards 3: must " in main(monkeypatch, script, "--", *TINY, "--num-shards", "3")
+    assert "error: --num-shards 3: must divide" in main(monkeypatch, script, "--", *TINY, "--num-shards", "3")
     said = main(monkeypatch, script, "--", *TINY, "--num-processes", "2")
     assert said.startswith("error: --num-processes 2: one process is measured here, and benchmark/collectives.py")
 
