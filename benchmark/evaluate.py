@@ -84,8 +84,8 @@ def checkpoints(script: ModuleType, run: Path, paths: Iterable[Path]) -> Iterato
             print(f"{path} is passed over: {error}", flush=True)
             continue
         record = json.loads(content["record"])
-        flags = {name: tuple(value) if isinstance(value, list) else value for name, value in record["args"].items()}
-        args, trained_by = script.Args(**flags), record["platform"]["script"]
+        args = script.with_tuples(script.Args(**record["args"]))
+        trained_by = record["platform"]["script"]
         update, params = content["update"], content["state"]["0"]["params"]
         source, steps = f"{run}, checkpoint of update {update}", args.local_num_envs * args.num_steps * record["actors"]
         yield Model(source, run, trained_by, args, script.make_network(args), params, update, update * steps)
