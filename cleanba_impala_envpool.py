@@ -42,10 +42,10 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict, namedtuple
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import cache, partial, reduce
 from importlib.metadata import version as package_version
 from importlib.util import find_spec
 from itertools import count
@@ -72,6 +72,8 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 sys.modules.setdefault("envpool.jumanji.registration", sys)
 import envpool  # noqa: E402
 
+print = partial(print, flush=True)  # what a run says is seen at once, also in a file or through a pipe
+
 # === §1 Args ==========================================================================================================
 # A type says what a value must be: (rule, test). The comment behind a flag is its help.
 Count = Annotated[int, "must be 1 or more", lambda x: x >= 1]
@@ -80,7 +82,7 @@ Positive = Annotated[float, "must be above 0 and finite", lambda x: 0 < x < np.i
 Weight = Annotated[float, "must be 0 or more and finite", lambda x: 0 <= x < np.inf]
 Fraction = Annotated[float, "must be between 0 and 1", lambda x: 0 <= x <= 1]
 Widths = Annotated[tuple[int, ...], "must be one or more widths, each 1 or more", lambda x: min(x, default=0) >= 1]
-Ids = Annotated[tuple[int, ...], "must be different ids, each 0 or more", lambda x: len({*x}) == len(x) > 0 <= min(x)]
+Ids = Annotated[tuple[int, ...], "must be distinct ids, 0 or more", lambda x: x and min(x) >= 0 and len({*x}) == len(x)]
 Seed = Annotated[int, "must be between 0 and 4294967295", lambda x: 0 <= x < 2**32]
 Name = Annotated[str, "must be a name without a path separator", lambda x: x and os.sep not in x]
 Place = Annotated[str | None, "must not be empty", lambda x: x != ""]
@@ -173,15 +175,21 @@ def env_seeds(seed, generation, first, count):
     seeds = []
     for number in range(first, first + count):
         sequence = np.random.SeedSequence(seed, spawn_key=(generation, number))
-        env_seed = int(sequence.generate_state(1).view(np.int32)[0])
+        env_seed = sequence.generate_state(1).view(np.int32).item()
         seeds.append(0 if env_seed == -1 else env_seed)  # with -1 ALE takes its seed from the clock
     return seeds
 
 
 def make_env(args, seeds, num_threads):
     """A pool of len(seeds) environments in lock-step: with partial batches the order of data would depend on timing."""
-    options = env_options(args) | dict(env_type="gymnasium", num_envs=len(seeds), seed=seeds, num_threads=num_threads)
-    return envpool.make(args.env_id, **options)
+    return envpool.make(
+        args.env_id,
+        env_type="gymnasium",
+        num_envs=len(seeds),
+        seed=seeds,
+        num_threads=num_threads,
+        **env_options(args),
+    )
 
 
 class Envs:
@@ -229,24 +237,23 @@ class Envs:
         """
         restarted = (self.lives > 0) & (self.lives < self.full_lives) & (lives == self.full_lives)
         silent_game_over = self.is_reset_row & ~self.game_over & restarted
-        self.game_over = ended & ~self.game_over | silent_game_over
+        game_over = ended & ~self.game_over | silent_game_over
+        self.games += zip(self.score[game_over].tolist(), self.length[game_over].tolist())
+        self.score[game_over] = 0
+        self.length[game_over] = 0
+        self.game_over = game_over
         self.lives = lives
-        self.games += zip(self.score[self.game_over].tolist(), self.length[self.game_over].tolist(), strict=True)
-        self.score[self.game_over] = 0
-        self.length[self.game_over] = 0
 
 
 # === §3 Network [shared] ==============================================================================================
 def max_pool(x):
     """3x3 maximum with stride 2, SAME, f32[N,H,W,C]: the bits of `nn.max_pool`, a third of its gradient's CPU time."""
     for axis in (1, 2):
-        size = -(-x.shape[axis] // 2)
-        extent = 2 * size - 1
-        missing = extent + 2 - x.shape[axis]
         padding = [(0, 0)] * x.ndim
-        padding[axis] = (missing // 2, missing - missing // 2)
+        padding[axis] = (x.shape[axis] % 2, 1)  # SAME
         padded = jnp.pad(x, padding, constant_values=-jnp.inf)
-        left, middle, right = [jax.lax.slice_in_dim(padded, i, i + extent, 2, axis) for i in range(3)]
+        end = padded.shape[axis] - 2
+        left, middle, right = [jax.lax.slice_in_dim(padded, i, end + i, 2, axis) for i in range(3)]
         x = jnp.maximum(jnp.maximum(left, middle), right)
     return x
 
@@ -266,8 +273,8 @@ class ActorCritic(nn.Module):
     """IMPALA's large network (Espeholt et al. 2018, figure 3), no LSTM; obs -> (logits f32[N,A], value f32[N])."""
 
     num_actions: int
-    channels: tuple[int, ...]
-    hiddens: tuple[int, ...]
+    channels: tuple
+    hiddens: tuple
     dtype: Any = "float32"  # of convolutions and hidden layers
 
     @nn.compact
@@ -345,25 +352,23 @@ def collect(envs, policy, params, key, num_steps, seconds, stopped=None):
     """Play `num_steps` steps from where the last rollout ended; NumPy arrays. When `stopped` is set the thread ends."""
     act, last = policy
     obs = np.empty((num_steps + 1, *envs.obs.shape), envs.obs.dtype)  # new each time: device_put may alias it
-    is_reset_row = np.empty((num_steps + 1, len(envs.obs)), bool)
-    reward = np.empty((num_steps, len(envs.obs)), np.float32)
-    terminated = np.empty((num_steps, len(envs.obs)), bool)
-    behaviour = []
+    obs[0] = envs.obs
+    is_reset_row = [envs.is_reset_row]
+    steps = []
     for t in range(num_steps):
         if stopped and stopped.is_set():
             sys.exit()  # ends this thread alone
-        obs[t] = envs.obs
-        is_reset_row[t] = envs.is_reset_row
         with timed(seconds, "inference_time"):
-            behaviour.append(jax.device_get(act(params, obs[t], key, t)))
+            behaviour = jax.device_get(act(params, obs[t], key, t))
         with timed(seconds, "env_time"):
-            reward[t], terminated[t] = envs.step(behaviour[t].action)
-    obs[num_steps] = envs.obs
-    is_reset_row[num_steps] = envs.is_reset_row
+            reward, terminated = envs.step(behaviour.action)
+        steps.append((reward, terminated, behaviour))
+        obs[t + 1] = envs.obs
+        is_reset_row.append(envs.is_reset_row)
     with timed(seconds, "inference_time"):
         rest = jax.device_get(last(params, obs[num_steps], key))
-    behaviour = jax.tree.map(lambda *rows: np.stack(rows), *behaviour)
-    return Rollout(obs, is_reset_row, reward, terminated, behaviour, **rest)
+    reward, terminated, behaviour = jax.tree.map(lambda *rows: np.stack(rows), *steps)
+    return Rollout(obs, np.stack(is_reset_row), reward, terminated, behaviour, **rest)
 
 
 @contextmanager
@@ -373,17 +378,17 @@ def playing(args, sizes, devices, policy, handoff, key, updates):
     An actor makes its environments anew after every checkpoint, so that a resumed actor meets the same games, and its
     keys depend on the update alone. So it can start at the first update, or after any checkpoint.
     """
-    num_envs = args.local_num_envs
     env_threads = args.env_threads or max(1, num_cores() // sizes.actors)
 
-    def play(actor_id, first_env, device):  # first_env: counted within this process
+    def play(actor_id, device):
+        first_env = actor_id * args.local_num_envs  # counted over all processes
         try:
             actor_key = jax.random.fold_in(jax.device_put(key, device), actor_id)  # away from the learner's programs
             for update in updates:
                 generation, updates_since_checkpoint = divmod(update - 1, args.checkpoint_frequency or sys.maxsize)
                 if updates_since_checkpoint == 0:  # as at a run's start, be it the first or a later one
                     handoff.envs[actor_id] = envs = None  # the previous pool goes first: two might not fit in memory
-                    seeds = env_seeds(args.seed, generation, actor_id * num_envs, num_envs)
+                    seeds = env_seeds(args.seed, generation, first_env, args.local_num_envs)
                     handoff.envs[actor_id] = envs = Envs(make_env(args, seeds, env_threads))
                 envs.games = []
                 seconds = Counter()
@@ -399,10 +404,10 @@ def playing(args, sizes, devices, policy, handoff, key, updates):
             handoff.rollouts[actor_id].put(error)
 
     threads = []
-    for i, (actor_id, device) in enumerate(devices.actors.items()):
-        own = (actor_id, i * num_envs, device)
-        threads.append(threading.Thread(target=play, args=own, name=f"actor {actor_id}", daemon=True))
-        threads[i].start()
+    for actor_id, device in devices.actors.items():
+        thread = threading.Thread(target=play, args=(actor_id, device), name=f"actor {actor_id}", daemon=True)
+        thread.start()
+        threads.append(thread)
     try:
         yield
     finally:
@@ -457,20 +462,18 @@ class HandOff:
 
     def wait_for_delivery(self, actor_id):
         """Counts its own waits of a second, not what a clock says: that runs on while the process is frozen."""
-        waited = 0
-        last_step = None
+        waited = Counter()
         while True:
             with suppress(queue.Empty):
                 return self.rollouts[actor_id].get(timeout=1)
             envs = self.envs[actor_id]
             step = "making its environments"
-            if envs is not None:
+            if envs:
                 step = f"step {envs.steps_begun} of its environments" if envs.is_stepping else "waiting"
-            waited = waited + 1 if step == last_step else 1
-            last_step = step
-            if waited > self.actor_timeout and step != "waiting":
+            waited[step] += 1
+            if waited[step] > self.actor_timeout and step != "waiting":
                 raise TimeoutError(f"actor {actor_id}: {step} takes more than {self.actor_timeout} s")
-            if waited > 6 and envs is not None and envs.is_stepping and self.signals_received:
+            if waited[step] > 6 and envs and envs.is_stepping and self.signals_received:
                 sys.exit(128 + signal.SIGTERM)  # whoever wants to end does not wait for a step that hangs
 
     def stop(self):
@@ -590,9 +593,9 @@ def shuffled(args, shard_envs):
     return shard_envs, "environments"
 
 
-def shuffle(args, num_envs, key, shard):
+def shuffle(args, shard_envs, key, shard):
     """Environment numbers of a shard in the order of an update, i32[minibatches, pieces, M]."""
-    order = jax.random.permutation(jax.random.fold_in(key, shard), num_envs)
+    order = jax.random.permutation(jax.random.fold_in(key, shard), shard_envs)
     return order.reshape(args.num_minibatches, args.gradient_accumulation_steps, -1)
 
 
@@ -608,7 +611,7 @@ def piece_gradient(network, args, params, data, minibatch, piece):
     """
     envs = data.order[minibatch, piece]
     rows = jax.tree.map(lambda x: x[:, envs], data.rollout)
-    (_, metrics), gradient = jax.value_and_grad(impala_loss, has_aux=True)(params, network.apply, rows, args)
+    gradient, metrics = jax.grad(impala_loss, has_aux=True)(params, network.apply, rows, args)
     # A maximum cannot be added up: every piece of every shard has a place of its own in a vector.
     pieces = args.gradient_accumulation_steps
     place = jax.nn.one_hot(data.number * pieces + piece, args.num_shards * pieces)
@@ -626,7 +629,6 @@ def make_update(args, network, devices, sizes):
     shards = devices.shards
     shuffle_envs = jax.jit(partial(shuffle, args, sizes.shard_envs))
     gradient_of_piece = jax.jit(partial(piece_gradient, network, args))
-    add_trees = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
     sum_over_shards = make_sum_over_shards(devices)  # [part of each local shard] -> [sum, on each local learner device]
 
     @jax.jit
@@ -635,26 +637,24 @@ def make_update(args, network, devices, sizes):
 
     def shard_gradient(params, data, minibatch):
         """Gradient and metrics of one shard's part of a minibatch, its pieces added up one after the other."""
-        total = gradient_of_piece(params, data, minibatch, 0)
-        for piece in range(1, args.gradient_accumulation_steps):
-            total = add_trees(total, gradient_of_piece(params, data, minibatch, piece))
-        return total
+        pieces = range(args.gradient_accumulation_steps)
+        return reduce(add_trees, (gradient_of_piece(params, data, minibatch, piece) for piece in pieces))
 
     def update(states, rollouts, key):
         keys = [jax.device_put(key, device) for device in devices.learners]
         shard_data = []
-        for shard, rollout in zip(shards, rollouts, strict=True):
+        for shard, rollout in zip(shards, rollouts):
             order = shuffle_envs(keys[shard.learner], shard.number)
             shard_data.append(ShardData(rollout, order, shard.number))
         metrics = []
         for minibatch in range(args.num_minibatches):
             parts = []
-            for shard, data in zip(shards, shard_data, strict=True):
+            for shard, data in zip(shards, shard_data):
                 parts.append(shard_gradient(states[shard.learner].params, data, minibatch))
             totals = sum_over_shards(parts)
             previous_states = states
             states = []
-            for state, (gradient, _) in zip(previous_states, totals, strict=True):
+            for state, (gradient, _) in zip(previous_states, totals):
                 state, norm = apply_gradient(state, gradient)
                 states.append(state)
             _, minibatch_metrics = totals[-1]  # of the last learner, as the norm: all have the same bits
@@ -671,8 +671,8 @@ def train(args, signals_received=()):
     """A run, or this process's part of it. `signals_received`: so far. Returns summary.json; raises FlagError."""
     args = with_tuples(args)
     sizes, devices, record = set_up(args, signals_received)
-    report_class = NoReport if global_state.process_id else Report  # process 0 alone keeps and shows something
-    with in_all_processes(report_class, args, sizes, record) as report:
+    # Process 0 alone keeps and shows something.
+    with in_all_processes(NoReport if global_state.process_id else Report, args, sizes, record) as report:
         actor_key, learner_key, params_key = jax.random.split(jax.random.key(args.seed), 3)
         network = make_network(args)
         optimizer, learning_rate = make_optimizer(args, sizes)
@@ -695,24 +695,25 @@ def train(args, signals_received=()):
                 with timed(stats, "rollout_queue_get_time"):
                     deliveries = handoff.get_rollouts(update)
                 if update == updates[0]:
-                    check_same_params(states[0].params, "at the start")  # all are here now, as Gloo wants it
-                    print("the first rollouts are here; compiling what learns from them", flush=True)
+                    check_same_params(state.params, "at the start")  # all are here now, as Gloo wants it
+                    print("the first rollouts are here; compiling what learns from them")
 
                 with timed(stats, "training_time"):
-                    previous_params = states[0].params
+                    previous_params = state.params
                     update_key = jax.random.fold_in(learner_key, update)
                     states, metrics = learn(states, assemble(deliveries), update_key)
+                    state = states[0]
                     jax.block_until_ready((states, metrics))
-                handoff.give_params(update, states[0].params)
+                handoff.give_params(update, state.params)
 
                 actors = [(delivery.games, delivery.seconds) for delivery in deliveries]
                 messages = share([signal.SIGTERM in signals_received, actors])
                 checkpoint_due = update == sizes.updates or update % (args.checkpoint_frequency or sizes.updates) == 0
                 stats["policy_lag"] = update - 1 - deliveries[0].version
-                report.update(messages, checkpoint_due, learning_rate(update), stats, metrics, states[0].params)
+                report.update(messages, checkpoint_due, learning_rate(update), stats, metrics, state.params)
                 if checkpoint_due:
-                    check_same_params(states[0].params, f"after update {update}")
-                    report.save(update, (states[0], previous_params))
+                    check_same_params(state.params, f"after update {update}")
+                    report.save(update, (state, previous_params))
 
                 if signal.SIGINT in signals_received:  # its exception was lost in a callback of the garbage collector
                     raise KeyboardInterrupt
@@ -720,21 +721,23 @@ def train(args, signals_received=()):
                     status = "preempted"
                     break
 
-        check_same_params(states[0].params, "at the end")
-        report.end(status, network, states[0].params, signals_received)
+        report.end(status, network, state.params, signals_received)
     share("closed")  # else the others wait in JAX's own barrier, whose timeout is shorter
     return report.summary
 
 
 # === The stairs: above, what is learned; below, where it runs, what is kept, what is shown ============================
 # === §10 The reproducible sum [shared] ================================================================================
-def tree_sum(parts, while_even: bool = False):
+add_trees = jax.jit(partial(jax.tree.map, jnp.add))
+
+
+def tree_sum(parts, while_even=False):
     """[sum] by a balanced binary tree: neighbours are added, level by level, and an odd last one moves up as it is.
 
     while_even: stop where a level is odd, because its last part may have its neighbour on another device.
     """
     while len(parts) > 1 and not (while_even and len(parts) % 2):
-        sums = [jax.tree.map(jnp.add, a, b) for a, b in zip(parts[::2], parts[1::2], strict=False)]
+        sums = [*map(add_trees, parts[::2], parts[1::2])]
         parts = sums + parts[2 * len(sums) :]
     return parts
 
@@ -780,21 +783,19 @@ def make_sum_over_shards(devices):
         vectors, size = own_sums[0].shape
         rows = jax.make_array_from_single_device_arrays((num_devices * vectors, size), rows_sharded, own_sums)
         totals = {shard.device: shard.data for shard in add_across(rows).addressable_shards}
-        return [unravel(totals[device], parts[i * shards_each]) for i, device in enumerate(devices.learners)]
+        return [unravel(totals[device], like) for device, like in zip(devices.learners, parts[::shards_each])]
 
     return sum_over_shards
 
 
 def ship(rollout, first_env, shard_envs, devices):
-    """Cut a rollout at the borders of shards and send each piece to its shard's device; numbers are this process's."""
-    num_envs = rollout.reward.shape[1]
-    shard_of_env = (first_env + np.arange(num_envs)) // shard_envs
+    """Cut a rollout at the borders of shards: [(index into devices.shards, piece on the device of that shard)]."""
+    shard_of_env = (first_env + np.arange(rollout.reward.shape[1])) // shard_envs - devices.shards[0].number
     pieces = []
     for shard in np.unique(shard_of_env).tolist():
         start, end = np.searchsorted(shard_of_env, (shard, shard + 1))
         piece = jax.tree.map(lambda x, envs=slice(start, end): x[:, envs], rollout)
-        learner = devices.shards[shard].learner
-        pieces.append((shard, jax.device_put(piece, devices.learners[learner])))
+        pieces.append((shard, jax.device_put(piece, devices.learners[devices.shards[shard].learner])))
     return pieces
 
 
@@ -809,7 +810,7 @@ def assemble(deliveries):
 
 
 # === §11 Flags, processes, devices [shared] ===========================================================================
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "envpool", "numpy")
+PACKAGES = "jax jaxlib flax optax envpool numpy".split()
 VERSIONS = {name: package_version(name) for name in PACKAGES} | {"python": sys.version.split()[0]}
 # what else may change bits: environment variables, and JAX's own settings
 ENVIRONMENT = "XLA_FLAGS LIBTPU_INIT_ARGS NVIDIA_TF32_OVERRIDE".split()
@@ -819,24 +820,19 @@ JAX_SETTINGS = """
     jax_high_dynamic_range_gumbel jax_use_direct_linearize jax_softmax_custom_jvp jax_compiler_enable_remat_pass
     jax_disable_most_optimizations jax_optimization_level jax_memory_fitting_level jax_enable_pgle
 """.split()
-# flags that each process has for itself
-PER_PROCESS_FLAGS = """
-    coordinator_address num_processes process_id distributed env_threads actor_device_ids learner_device_ids
-""".split()
-# flags that may change on resume: where a run is, and what is kept and shown of it
-FLAGS_FREE_ON_RESUME = (
-    """
-    num_actor_threads peer_timeout actor_timeout exp_name track wandb_project_name wandb_entity log_frequency
+# flags that may differ between processes, and on resume: where a run is, and what is kept and shown of it
+FREE_FLAGS = """
+    coordinator_address num_processes process_id distributed peer_timeout actor_timeout
+    num_actor_threads env_threads actor_device_ids learner_device_ids
+    exp_name track wandb_project_name wandb_entity log_frequency
     keep_checkpoints resume start_fresh load_model save_model eval_episodes
 """.split()
-    + PER_PROCESS_FLAGS
-)
 
 
 # What the flags amount to: actors of this process, steps of an update (T * B over all processes), environments of a
 # shard, updates of the run.
 Sizes = namedtuple("Sizes", "actors steps shard_envs updates")
-# A shard: its number within the whole run, which seeds its shuffle, and which of this process's learners holds it.
+# A shard: its number within the whole run, which seeds its shuffle, and which of this process's learners has it.
 Shard = namedtuple("Shard", "number learner")
 # Which device does what: {actor_id: device} and learner devices of this process, the mesh of all learner devices, and
 # this process's shards, a list of Shard.
@@ -852,7 +848,7 @@ def flag_error(flag, value, rule, example):
         return " ".join(map(str, np.ravel(value))) or "(empty)"  # a tuple as it is typed
 
     if flag in Args.__dataclass_fields__:
-        flag = "--" + flag.replace("_", "-")
+        flag = f"--{flag.replace('_', '-')}"
     return FlagError(f"{flag} {show(value)}: {rule}. For example: {flag} {show(example)}")
 
 
@@ -864,8 +860,7 @@ def require(condition, args, flag, rule, example):
 
 def with_tuples(args):
     """Lists, as a notebook or a JSON file has them, become the tuples that flags are."""
-    tuples = {flag: tuple(value) for flag, value in vars(args).items() if isinstance(value, list)}
-    return replace(args, **tuples)
+    return replace(args, **{flag: tuple(value) for flag, value in vars(args).items() if isinstance(value, list)})
 
 
 def check_args(args, num_processes=1):
@@ -874,8 +869,8 @@ def check_args(args, num_processes=1):
         value = getattr(args, flag)
         default = getattr(Args, flag)
         kind_of_default = (float, int) if isinstance(default, float) else type(default)
-        is_plain = isinstance(value, kind_of_default) or default is None
-        require(is_plain, args, flag, f"must be of the type {type(default).__name__}", default)
+        rule = f"must be of the type {type(default).__name__}"
+        require(default is None or isinstance(value, kind_of_default), args, flag, rule, default)
         if hasattr(kind, "__metadata__"):
             rule, is_met = kind.__metadata__
             require(is_met(value), args, flag, rule, default)
@@ -888,8 +883,7 @@ def check_args(args, num_processes=1):
     unit = learners * args.num_minibatches
     example = f"{learners} --local-num-envs {max(unit, args.local_num_envs // unit * unit)}"
     rule = f"must divide the {envs} environments of a batch and be a multiple of the learner devices ({learners})"
-    fits = args.num_shards % learners == 0 and envs % args.num_shards == 0
-    require(fits, args, "num_shards", rule, example)
+    require(args.num_shards % learners == 0 and envs % args.num_shards == 0, args, "num_shards", rule, example)
     shard_envs = envs // args.num_shards
     number, units = shuffled(args, shard_envs)
     part = divide(number, args, "num_minibatches", f"{units} of a shard")
@@ -901,10 +895,9 @@ def check_args(args, num_processes=1):
 
 
 def divide(number, args, flag, what):
-    """`number` divided by the flag's value. Raises FlagError, with the next smaller divisor, if that leaves a rest."""
+    """`number` divided by the flag's value. Raises FlagError, with a smaller divisor, if that leaves a rest."""
     value = getattr(args, flag)
-    divisor = next(d for d in range(min(value, number), 0, -1) if number % d == 0)
-    require(value == divisor, args, flag, f"must divide the {number} {what}", divisor)
+    require(number % value == 0, args, flag, f"must divide the {number} {what}", np.gcd(number, value))
     return number // value
 
 
@@ -917,27 +910,32 @@ def join(args, signals_received):
     example = "10.0.0.1:9876 --num-processes 2 --process-id 0"
     is_address = address is None or re.fullmatch(r"\S+:\d{1,5}", address)
     require(is_address, args, "coordinator_address", "must be HOST:PORT", example)
-    if address is not None and args.process_id == 0:
+    if address and args.process_id == 0:
         try:
             socket.create_server(("", int(address.rpartition(":")[2]))).close()
         except (OSError, OverflowError) as error:
             rule = f"each run needs a port of its own, and this one cannot be used ({error})"
             raise flag_error("coordinator_address", address, rule, example) from None
 
-    meeting = f"{args.num_processes} processes to meet at {address}" if address else "the cluster's processes to meet"
-    print(f"waiting at most {args.peer_timeout} s for {meeting}", flush=True)
+    others = f"{args.num_processes or 'the other'} processes to meet at {address or 'the address of the cluster'}"
+    print(f"waiting at most {args.peer_timeout} s for {others}")
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is the run's own
-    visible = sorted({*args.actor_device_ids, *args.learner_device_ids})
-    timeouts = dict(initialization_timeout=args.peer_timeout, heartbeat_timeout_seconds=args.peer_timeout)
 
-    def connect(*place, **options):
-        connect_here = partial(jax.distributed.initialize, *place, visible, **timeouts, shutdown_timeout_seconds=10)
-        connecting = ThreadPoolExecutor(1).submit(connect_here, **options)  # so that this thread hears signals
-        while not connecting.done():
-            wait([connecting], timeout=0.5)
+    def connect(*place, **bind):
+        connecting = ThreadPoolExecutor(1).submit(  # so that this thread hears signals
+            jax.distributed.initialize,
+            *place,
+            local_device_ids=sorted({*args.actor_device_ids, *args.learner_device_ids}),  # of GPUs it sees no others
+            initialization_timeout=args.peer_timeout,
+            heartbeat_timeout_seconds=args.peer_timeout,
+            shutdown_timeout_seconds=10,
+            **bind,
+        )
+        while True:
+            with suppress(TimeoutError):
+                return connecting.result(timeout=0.5)
             if signals_received:
                 sys.exit(128 + signal.SIGTERM)
-        connecting.result()
 
     try:
         connect(*place)
@@ -958,7 +956,6 @@ share_rounds = count(1)
 
 def share(value):
     """Everyone's `value` (JSON), by process. Every process must call this at the same point of the run."""
-    rank = global_state.process_id
     client = global_state.client
     if global_state.num_processes == 1:
         return [value]
@@ -972,10 +969,10 @@ def share(value):
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
 
-    if rank == 0:  # collects, so that n processes make 3 n calls
+    if global_state.process_id == 0:  # collects, so that n processes make 3 n calls
         value = [value, *map(get, range(1, global_state.num_processes))]
         client.key_value_delete(f"cleanba/{number - 1}")  # who came to this round has read the one before
-    client.key_value_set(f"cleanba/{number}/{rank}", json.dumps(value))
+    client.key_value_set(f"cleanba/{number}/{global_state.process_id}", json.dumps(value))
     return get(0)
 
 
@@ -1001,16 +998,16 @@ def check_same_params(params, moment):
 def set_up(args, signals_received=()):
     """Meet the other processes, check the flags, say which device does what. Raises FlagError."""
     join(args, signals_received)
-    rank = global_state.process_id
     processes = global_state.num_processes
     sizes = in_all_processes(check_args, args, processes)
     by_id = in_all_processes(local_devices, args)
     learners = [by_id[i] for i in args.learner_device_ids]
     actor_devices = [by_id[i] for i in args.actor_device_ids for _ in range(args.num_actor_threads)]
 
+    hyper_parameters = {flag: value for flag, value in vars(args).items() if flag not in FREE_FLAGS}
     platform = describe_platform(jax.local_devices())
-    given = {flag: value for flag, value in vars(args).items() if flag not in PER_PROCESS_FLAGS} | platform
-    given |= {"actors of a process": sizes.actors, "learner devices of a process": len(learners)}
+    counts = {"actors of a process": sizes.actors, "learner devices of a process": len(learners)}
+    given = hyper_parameters | platform | counts
     everyone = share([given, [device.id for device in learners]])
     check_all_given_the_same([theirs for theirs, _ in everyone])
 
@@ -1018,14 +1015,19 @@ def set_up(args, signals_received=()):
     all_learners = [global_device[i] for _, ids in everyone for i in ids]
     mesh = Mesh(np.array(all_learners), ("learner",))
     shards_each = args.num_shards // mesh.size
-    first_shard = rank * len(learners) * shards_each
+    first_shard = global_state.process_id * len(learners) * shards_each
     shards = [Shard(first_shard + i, i // shards_each) for i in range(len(learners) * shards_each)]
-    actors = dict(enumerate(actor_devices, start=rank * sizes.actors))
+    actors = dict(enumerate(actor_devices, start=global_state.process_id * sizes.actors))
 
     names = {"actors": [*map(str, dict.fromkeys(actor_devices))], "learners": [*map(str, all_learners)]}
-    print(f"devices: actors on {', '.join(names['actors'])}, learners on {', '.join(names['learners'])}", flush=True)
-    record = {"args": vars(args), "actors": sizes.actors * processes, "platform": platform}
-    record |= {"processes": processes, "devices": names}
+    print(f"devices: actors on {', '.join(names['actors'])}, learners on {', '.join(names['learners'])}")
+    record = {
+        "args": vars(args),
+        "hyper_parameters": hyper_parameters | {"actors": sizes.actors * processes},
+        "platform": platform,
+        "processes": processes,
+        "devices": names,
+    }
     return sizes, Devices(actors, learners, mesh, shards), json.loads(json.dumps(record))
 
 
@@ -1041,31 +1043,26 @@ def check_all_given_the_same(given):
 def local_devices(args):
     """This process's devices, by the number that the flags use. Raises FlagError if they name another."""
     num_threads()
-    asked = jax.config.jax_platforms or "cpu"
+    platforms = jax.config.jax_platforms or "cpu"
     try:
         devices = jax.local_devices()
+        if devices[0].platform == "cpu" and not platforms.startswith("cpu"):
+            raise RuntimeError(f"the devices here are {devices}")
     except (AssertionError, RuntimeError) as error:
-        if asked.startswith("cpu"):
+        if platforms.startswith("cpu"):
             raise
-        raise flag_error("JAX_PLATFORMS", asked, f"a GPU was asked for, but JAX has none: {error!r}", "cpu") from None
-    if devices[0].platform == "cpu" and not asked.startswith("cpu"):
-        rule = f"a GPU was asked for, but the devices here are {devices}"
-        raise flag_error("JAX_PLATFORMS", asked, rule, "cpu")
-    numbers = range(len(devices))
-    if global_state.num_processes > 1 and devices[0].platform != "cpu":
-        # Of many processes on GPUs, each sees the devices that its flags name and no others.
-        numbers = sorted({*args.actor_device_ids, *args.learner_device_ids})
-    by_id = dict(zip(numbers, devices, strict=False))
+        rule = f"a GPU was asked for, but {str(error) or 'JAX has none'}"
+        raise flag_error("JAX_PLATFORMS", platforms, rule, "cpu") from None
+    by_id = {device.local_hardware_id: device for device in devices}
     for flag in ("actor_device_ids", "learner_device_ids"):
-        are_here = by_id.keys() >= set(getattr(args, flag))
-        require(are_here, args, flag, f"the devices here are {list(by_id)}", min(by_id))
+        require(by_id.keys() >= {*getattr(args, flag)}, args, flag, f"the devices here are {list(by_id)}", min(by_id))
     return by_id
 
 
 def num_cores():
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return os.cpu_count()
 
 
 def num_threads():
@@ -1080,7 +1077,7 @@ def describe_platform(devices):
     """What the bits depend on besides the flags, as far as it is known."""
     described = {"script": Path(__file__).stem, "device": devices[0].device_kind} | VERSIONS
     for name in ENVIRONMENT:
-        described[name] = re.sub(r"--xla_dump\S*", "", os.environ.get(name, ""))
+        described[name] = os.environ.get(name, "")
     for name in JAX_SETTINGS:
         described[name] = str(jax.config.values.get(name))
     if devices[0].platform == "cpu":
@@ -1143,13 +1140,13 @@ def read_newest_checkpoint(run):
             unpack(data)
             return data
         except ValueError as error:
-            print(f"the checkpoint {path} cannot be read, trying an older one: {error}", flush=True)
+            print(f"the checkpoint {path} cannot be read, trying an older one: {error}")
     return b""
 
 
 def run_directory(args):
     """A new one below runs, or that of --resume: a directory that exists, else a name below runs."""
-    if args.resume is None:
+    if not args.resume:
         moment = time.strftime("%Y%m%d-%H%M%S")  # not unique: containers may start in the same second
         return Path("runs", f"{args.env_id}__{args.exp_name}__{args.seed}__{moment}-{secrets.token_hex(3)}")
     if os.sep in args.resume or Path(args.resume).is_dir():
@@ -1161,14 +1158,11 @@ def check_resume(before, now):
     """Hold the record of the run to resume against that of now. Raises FlagError for flags that decide the bits."""
     for name, value in before["platform"].items():
         if now["platform"].get(name) != value:
-            print(f"{name}: {now['platform'].get(name)} now and {value} before, the bits may differ", flush=True)
-    actors = "num_actor_threads of all devices and processes"
-    defaults = json.loads(json.dumps(vars(Args())))  # which a flag had that is new
-    flags_before = defaults | before["args"] | {actors: before["actors"]}
-    flags_now = now["args"] | {actors: now["actors"]}
-    for flag, value in flags_before.items():
-        if flags_now.get(flag) != value and flag not in FLAGS_FREE_ON_RESUME:
-            raise flag_error(flag, flags_now.get(flag), f"the run to resume has {value}", value)
+            print(f"{name}: {now['platform'].get(name)} now and {value} before, the bits may differ")
+    for flag, value in before["hyper_parameters"].items():
+        value_now = now["hyper_parameters"].get(flag)
+        if value_now != value:
+            raise flag_error(flag, value_now, f"the run to resume has {value}", value)
 
 
 def lock_run(args, run):
@@ -1194,10 +1188,9 @@ def start_or_restore(args, network, optimizer, key, checkpoint):
     init = jax.jit(network.init, compiler_options={"xla_backend_optimization_level": 0})  # runs once: compile quickly
     params = init(key, np.zeros((1, *env_spec(args)[0])))
     size = share(len(checkpoint))[0]
-    if args.load_model is not None and size == 0:
+    if args.load_model and size == 0:
         params = in_all_processes(load_params, args, params)
-    create_state = jax.jit(partial(TrainState.create, apply_fn=network.apply, tx=optimizer))
-    state = create_state(params=params)
+    state = jax.jit(partial(TrainState.create, apply_fn=network.apply, tx=optimizer))(params=params)
     if size == 0:
         return 0, state, params
     data = np.frombuffer(checkpoint or bytes(size), np.uint8)
@@ -1208,9 +1201,8 @@ def start_or_restore(args, network, optimizer, key, checkpoint):
 
 def match_structure(args, flag, saved, tree, example):
     """What a file has `saved`, in the structure of `tree`. Raises FlagError if it has another one."""
-    saved_shapes = jax.tree.map(np.shape, saved)
     shapes = jax.tree.map(np.shape, serialization.to_state_dict(tree))
-    require(saved_shapes == shapes, args, flag, "it has another network or optimizer", example)
+    require(jax.tree.map(np.shape, saved) == shapes, args, flag, "it has another network or optimizer", example)
     return serialization.from_state_dict(tree, saved)
 
 
@@ -1235,8 +1227,8 @@ class Report(AbstractContextManager):
     updates = episodes = seconds_before = 0  # seconds_before: this start
     status = "failed"
     newest_checkpoint = 0  # its update
-    # `writing` a checkpoint; `trained_at`, when the last update ended; (time, step) when this start's first one ended
-    writing = trained_at = first_update = None
+    writing = None  # of a checkpoint
+    first_update = None  # (time, step) when this start's first one ended
     params = evaluation = writer = wandb = wandb_id = None
 
     def __init__(self, args, sizes, record):
@@ -1255,10 +1247,9 @@ class Report(AbstractContextManager):
             vars(self).update(json.loads(content["counters"]))
             self.newest_checkpoint = self.updates
             self.resumed_at.append(self.updates)
-        rule = f"no checkpoint in {self.run} can be read"
-        can_start = self.checkpoint or args.resume is None or args.start_fresh
-        require(can_start, args, "resume", rule, f"{args.resume} --start-fresh")
-        self.started_at = self.last_update_at = time.perf_counter()
+        can_start = self.checkpoint or not args.resume or args.start_fresh
+        require(can_start, args, "resume", f"no checkpoint in {self.run} can be read", f"{args.resume} --start-fresh")
+        self.started_at = time.perf_counter()
 
     @property
     def step(self):
@@ -1266,8 +1257,8 @@ class Report(AbstractContextManager):
 
     @property
     def seconds(self):
-        """Of the run, over all its starts, without the games of --save-model."""
-        return self.seconds_before + (self.trained_at or time.perf_counter()) - self.started_at
+        """Of the run to its last update, over all its starts."""
+        return self.seconds_before + self.last_update_at - self.started_at
 
     def counters(self):
         return {name: getattr(self, name) for name in RUN_COUNTERS}
@@ -1278,16 +1269,17 @@ class Report(AbstractContextManager):
             self.wandb = start_wandb(self.args, self.run.absolute().name, self.wandb_id)
             self.wandb_id = self.wandb.id
         self.lock = lock_run(self.args, self.run)
-        self.thread = ThreadPoolExecutor(1)
         if self.updates == self.sizes.updates:
-            with suppress(OSError, ValueError, KeyError):  # of a finished run, which may be started again
+            with suppress(OSError, ValueError):  # of a finished run, which may be started again
                 self.evaluation = json.loads((self.run / "summary.json").read_text())["evaluation"]
+        self.last_update_at = time.perf_counter()
         self.writer = EventFileWriter(str(self.run))
         # What was logged after the checkpoint will be logged again: TensorBoard forgets the first.
         self.add_event(self.step + 1, session_log=SessionLog(status=SessionLog.START))
         write_file(self.run / "run.json", json.dumps(self.record, indent=2).encode())
-        updates = f"{self.updates} of {self.sizes.updates} updates of {self.sizes.steps} steps"
-        print(f"{updates} are done; making environments", flush=True)
+        print(
+            f"{self.updates} of {self.sizes.updates} updates of {self.sizes.steps} steps are done; making environments"
+        )
 
     def add_event(self, step, **content):
         self.writer.add_event(Event(wall_time=time.time(), step=step, **content))
@@ -1300,9 +1292,13 @@ class Report(AbstractContextManager):
         """Begin to write a checkpoint; all that is logged so far is then on disk too."""
         self.wait_for_checkpoint()
         self.writer.flush()
-        counters = json.dumps(self.counters() | {"seconds_before": self.seconds})
-        content = {"update": update, "record": json.dumps(self.record), "counters": counters, "state": tree}
-        self.writing = self.thread.submit(self.write_checkpoint, update, content)
+        content = {
+            "update": update,
+            "record": json.dumps(self.record),
+            "counters": json.dumps(self.counters() | {"seconds_before": self.seconds}),
+            "state": tree,
+        }
+        self.writing = ThreadPoolExecutor(1).submit(self.write_checkpoint, update, content)
 
     def write_checkpoint(self, update, content):
         write_file(self.run / "checkpoints" / f"{update}.msgpack", pack(content))
@@ -1314,7 +1310,7 @@ class Report(AbstractContextManager):
 
     def wait_for_checkpoint(self):
         """Raises OSError if it could not be written."""
-        if self.writing is not None:
+        if self.writing:
             self.writing.result()  # Ctrl-C may interrupt this: forget it only afterwards
             self.writing = None
 
@@ -1363,11 +1359,9 @@ class Report(AbstractContextManager):
             return
         speed = f"{self.step / self.seconds:.0f} steps/s, compilation included"
         pace = self.steady_pace()
-        if pace is not None:
+        if pace:
             speed = f"{pace:.0f} steps/s, {(total - self.step) / pace:.0f} s left"
-        score = "no game over yet"
-        if self.scores:
-            score = f"score {np.mean(self.scores):.1f}"
+        score = f"score {np.mean(self.scores):.1f}" if self.scores else "no game over yet"
         waiting = stats["rollout_queue_get_time"]
         waiting_share = waiting / (waiting + stats["training_time"])
         slower = "environments" if stats["env_time"] > stats["inference_time"] else "inference"
@@ -1375,11 +1369,11 @@ class Report(AbstractContextManager):
         line += f", learner waits {waiting_share:.0%} of the time for {slower}"
         if os.isatty(1):
             line = f"\x1b[K{line}"  # over the line before
-        print(line, end="\r" if in_place else "\n", flush=True)
+        print(line, end="\r" if in_place else "\n")
 
     def steady_pace(self):
         """Steps per second after this start's first update, which compiles."""
-        if self.first_update is None or self.step == self.first_update[1]:
+        if not self.first_update or self.step == self.first_update[1]:
             return None
         began_at, first_step = self.first_update
         return (self.step - first_step) / (self.last_update_at - began_at)
@@ -1388,24 +1382,22 @@ class Report(AbstractContextManager):
         """What follows the last update: the last checkpoint on disk, --save-model and its games."""
         self.status = status
         self.params = params
-        self.trained_at = time.perf_counter()
         self.wait_for_checkpoint()
         if self.args.save_model and status == "finished":
             save_model(self.run / "model.msgpack", self.args, params)
-            print(f"playing {self.args.eval_episodes} games with the model", flush=True)
+            print(f"playing {self.args.eval_episodes} games with the model")
             scores = play_games(self.args, network, params, self.args.eval_episodes, signals_received)
             mean = float(np.mean(scores))
             self.evaluation = {"scores": scores, "mean": mean, "std": float(np.std(scores))}
             self.write("eval", {"episodic_return": mean})
-            print(f"model: {self.run}/model.msgpack, mean score of {len(scores)} games {mean:.2f}", flush=True)
+            print(f"model: {self.run}/model.msgpack, mean score of {len(scores)} games {mean:.2f}")
 
     def __exit__(self, kind, error, trace):
         """Flush everything, write summary.json and print its gist and, if not finished, how to go on."""
-        if self.writer is None:  # the run has not begun
+        if not self.writer:  # the run has not begun
             return
-        if kind is not None:
-            endings = {KeyboardInterrupt: "interrupted", SystemExit: "preempted"}
-            self.status = endings.get(kind, "failed")
+        if kind:
+            self.status = {KeyboardInterrupt: "interrupted", SystemExit: "preempted"}.get(kind, "failed")
         with suppress(Exception):  # whatever a checkpoint failed of, the summary is written
             self.wait_for_checkpoint()
         self.summary = self.summarise_run()
@@ -1413,20 +1405,28 @@ class Report(AbstractContextManager):
             write_file(self.run / "summary.json", json.dumps(self.summary, indent=2).encode())
             self.writer.close()
         except OSError as failure:  # a full disk must not hide what it made fail
-            print(f"summary.json or the log could not be written: {failure}", flush=True)
-        if self.wandb is not None:
+            print(f"summary.json or the log could not be written: {failure}")
+        if self.wandb:
             self.wandb.finish(exit_code=int(self.status != "finished"))
         with suppress(OSError):  # where nobody reads it, or the disk is full
             self.print_ending()
         self.lock.close()
 
     def summarise_run(self):
-        summary = {"run_name": self.run.absolute().name, "status": self.status, "versions": VERSIONS}
-        summary |= self.record | self.counters()
-        summary |= {"global_step": self.step, "seconds": self.seconds, "sps": self.step / self.seconds}
-        summary |= {"sps_steady": self.steady_pace(), "evaluation": self.evaluation, "params_sha256": None}
-        summary["mean_score"] = float(np.mean(self.scores)) if self.scores else None
-        summary["std_score"] = float(np.std(self.scores)) if self.scores else None
+        summary = self.record | self.counters()
+        summary |= {
+            "run_name": self.run.absolute().name,
+            "status": self.status,
+            "versions": VERSIONS,
+            "global_step": self.step,
+            "seconds": self.seconds,
+            "sps": self.step / self.seconds,
+            "sps_steady": self.steady_pace(),
+            "mean_score": float(np.mean(self.scores)) if self.scores else None,
+            "std_score": float(np.std(self.scores)) if self.scores else None,
+            "evaluation": self.evaluation,
+            "params_sha256": None,
+        }
         with suppress(Exception):  # a device may be what failed
             summary["params_sha256"] = self.params and params_sha256(self.params)
         return summary
@@ -1437,20 +1437,27 @@ class Report(AbstractContextManager):
             games += f", mean score {np.mean(self.scores):.2f}"
         pace = f"{self.step} steps in {self.seconds:.0f} s, {self.step / self.seconds:.0f} steps/s"
         print(f"{self.status}: {pace}, {games}; {self.run}/summary.json")
-        if self.status != "finished" and self.newest_checkpoint:
-            print(f"go on from update {self.newest_checkpoint} with --resume {self.run}")
-        elif self.status != "finished":
-            print("it has no checkpoint; --checkpoint-frequency 100 makes more")
-        print(f"params sha256: {self.summary['params_sha256']}", flush=True)
+        if self.status != "finished":
+            go_on = f"go on from update {self.newest_checkpoint} with --resume {self.run}"
+            print(go_on if self.newest_checkpoint else "it has no checkpoint; --checkpoint-frequency 100 makes more")
+        print(f"params sha256: {self.summary['params_sha256']}")
 
 
 def start_wandb(args, name, wandb_id):
     """Raises FlagError."""
     import wandb
 
-    place = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=wandb_id, resume="allow")
     try:
-        return wandb.init(**place, config=asdict(args), sync_tensorboard=True, save_code=True)
+        return wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            name=name,
+            id=wandb_id,
+            resume="allow",
+            config=vars(args),
+            sync_tensorboard=True,
+            save_code=True,
+        )
     except wandb.Error as error:
         rule = f"Weights & Biases cannot be used ({error}); WANDB_MODE=offline works without a login"
         raise flag_error("track", True, rule, False) from None
@@ -1478,21 +1485,20 @@ def play_games(args, network, params, episodes, signals_received=()):
     act, _ = make_policy(network)
     key = jax.random.key(args.seed)
     scores = {}
-    for step in count():
+    while len(scores) < episodes:
         envs.games = []
-        behaviour = act(params, envs.obs, key, step)
+        behaviour = act(params, envs.obs, key, envs.steps_begun)
         envs.step(jax.device_get(behaviour.action))
-        for env, (score, _) in zip(np.flatnonzero(envs.game_over).tolist(), envs.games, strict=True):
+        for env, (score, _) in zip(np.flatnonzero(envs.game_over), envs.games):
             scores.setdefault(env, score)
         if signals_received:
             sys.exit(128 + signal.SIGTERM)
-        if len(scores) == episodes:
-            return [scores[env] for env in range(episodes)]
+    return [scores[env] for env in range(episodes)]
 
 
 def save_model(path, args, params):
     """Write flags and parameters to one file."""
-    write_file(path, pack({"script": Path(__file__).stem, "args": json.dumps(asdict(args)), "params": params}))
+    write_file(path, pack({"script": Path(__file__).stem, "args": json.dumps(vars(args)), "params": params}))
 
 
 def load_model(path):
@@ -1504,12 +1510,10 @@ def load_model(path):
 
 def parse_args(words):
     """The command line. Sweeps write `--flag=False` and `--flag True` for what tyro calls `--no-flag` and `--flag`."""
-    booleans = "|".join(flag for flag, kind in get_type_hints(Args).items() if kind is bool)
-    flag = f"--({booleans})".replace("_", "[-_]")
-    line = "\0".join(["", *words])
-    for value, prefix in (("true", "--"), ("false", "--no-")):
-        line = re.sub(rf"\0{flag}[=\0]{value}(?=\0|$)", rf"\0{prefix}\1", line, flags=re.IGNORECASE)
-    return tyro.cli(Args, args=line.split("\0")[1:], description=__doc__)
+    line = "".join(f"{word}\0" for word in words)
+    line = re.sub(r"--([\w-]+)[=\0]true\0", r"--\1\0", line, flags=re.IGNORECASE)
+    line = re.sub(r"--([\w-]+)[=\0]false\0", r"--no-\1\0", line, flags=re.IGNORECASE)
+    return tyro.cli(Args, args=line.split("\0")[:-1], description=__doc__)
 
 
 def configure_jax(args):
@@ -1521,14 +1525,14 @@ def configure_jax(args):
         jax.config.update("jax_compilation_cache_dir", f"{home}/.cache/cleanba")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if jax.config.jax_num_cpu_devices < 0:  # a CPU is as many devices as are asked for
-        highest_id = max(args.actor_device_ids + args.learner_device_ids, default=0)
-        jax.config.update("jax_num_cpu_devices", 1 + highest_id)
+        jax.config.update("jax_num_cpu_devices", 1 + max(args.actor_device_ids + args.learner_device_ids))
     # A flag of the user's comes later and wins.
-    os.environ["XLA_FLAGS"] = f"--xla_gpu_deterministic_ops=true {os.environ.get('XLA_FLAGS', '')}".strip()
+    os.environ["XLA_FLAGS"] = f"--xla_gpu_deterministic_ops=true {os.environ.get('XLA_FLAGS', '')}"
 
 
-def listen_for_signals(signals_received):
-    """Ctrl-C raises KeyboardInterrupt; the first SIGTERM is only counted, the second raises SystemExit."""
+def listen_for_signals():
+    """Count signals from now on. Ctrl-C also raises KeyboardInterrupt, and a second SIGTERM raises SystemExit."""
+    signals_received = Counter()
 
     def on_signal(number, frame):
         signals_received[number] += 1
@@ -1541,18 +1545,16 @@ def listen_for_signals(signals_received):
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
+    return signals_received
 
 
 def main():
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the number of one that is closed, so that no file of the run gets it
+    # A new file gets the lowest free number. If 0, 1 or 2 were closed, a file of the run would get what is printed.
+    while os.open(os.devnull, os.O_RDWR) < 3:
+        pass
     args = parse_args(sys.argv[1:])
     configure_jax(args)
-    signals_received = Counter()
-    listen_for_signals(signals_received)
+    signals_received = listen_for_signals()
     code = 1
     try:
         status = train(args, signals_received)["status"]
@@ -1561,7 +1563,7 @@ def main():
     except FlagError as error:
         code = 2
         with suppress(Exception):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {error}", file=sys.stderr)
             jax.distributed.shutdown()
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT

@@ -15,12 +15,6 @@ from typing import Any
 import tyro
 from common import find_run, read_json, require, stop
 
-# Flags that say where a run is or what is kept of it. They are copied from FLAGS_FREE_ON_RESUME of the scripts, without
-# --load-model: it takes seconds to import a script, and a run's may be a fork that lies anywhere. A test compares them.
-FLAGS_THAT_KEEP_BITS = {"coordinator_address", "num_processes", "process_id", "distributed", "env_threads", "resume"}
-FLAGS_THAT_KEEP_BITS |= {"num_actor_threads", "actor_device_ids", "learner_device_ids", "peer_timeout", "exp_name"}
-FLAGS_THAT_KEEP_BITS |= {"actor_timeout", "track", "wandb_project_name", "wandb_entity", "log_frequency", "start_fresh"}
-FLAGS_THAT_KEEP_BITS |= {"keep_checkpoints", "save_model", "eval_episodes"}
 LONG = 60  # characters that are shown whole
 
 
@@ -91,18 +85,21 @@ def show_differences(title: str, a: dict[str, Any], b: dict[str, Any]) -> bool:
 def explain(a: dict[str, Any], b: dict[str, Any], same: bool) -> None:
     """Print what two runs, given by their records, were not given alike."""
 
-    def flags(record: dict[str, Any], free: bool) -> dict[str, Any]:
-        own = {flag: value for flag, value in record["args"].items() if (flag in FLAGS_THAT_KEEP_BITS) == free}
-        return {f"--{flag.replace('_', '-')}": value for flag, value in own.items()}
+    def decides(flag: str, record: dict[str, Any]) -> bool:
+        return flag in record["hyper_parameters"] or flag == "load_model"
+
+    def flags(record: dict[str, Any], deciding: bool) -> dict[str, Any]:
+        chosen = {flag: value for flag, value in record["args"].items() if decides(flag, record) == deciding}
+        return {f"--{flag.replace('_', '-')}": value for flag, value in chosen.items()}
 
     def bits(record: dict[str, Any]) -> dict[str, Any]:
-        return flags(record, False) | {"actors in all": record["actors"]} | record["platform"]
+        return flags(record, True) | {"actors in all": record["hyper_parameters"]["actors"]} | record["platform"]
 
     explained = show_differences("changes the bits, or may", bits(a), bits(b))
     if not same and not explained:
         print("\nNo flag, package, device or setting explains it. Not in run.json: edits of the script, and what a run")
         print("had before it was resumed.")
-    show_differences("may differ without changing bits", flags(a, True), flags(b, True))
+    show_differences("may differ without changing bits", flags(a, False), flags(b, False))
 
 
 def main() -> None:
@@ -112,7 +109,7 @@ def main() -> None:
     common = sorted(a.keys() & b.keys())
     require(common, "RUN_A and RUN_B", options.run_b, "have no update that both logged", "the same --log-frequency")
     same = say_where_they_part(a, b, common)
-    records = [read_json(run / "run.json", "args", "actors", "platform") for run in runs]
+    records = [read_json(run / "run.json", "args", "hyper_parameters", "platform") for run in runs]
     if all(records):
         explain(*records, same)
     else:

@@ -87,7 +87,8 @@ def checkpoints(script: ModuleType, run: Path, paths: Iterable[Path]) -> Iterato
         args = script.with_tuples(script.Args(**record["args"]))
         trained_by = record["platform"]["script"]
         update, params = content["update"], content["state"]["0"]["params"]
-        source, steps = f"{run}, checkpoint of update {update}", args.local_num_envs * args.num_steps * record["actors"]
+        source = f"{run}, checkpoint of update {update}"
+        steps = args.local_num_envs * args.num_steps * record["hyper_parameters"]["actors"]
         yield Model(source, run, trained_by, args, script.make_network(args), params, update, update * steps)
 
 

@@ -57,13 +57,12 @@ class Options:
 
 def make_shard_data(script, args, sizes, devices, rollouts, keys, total) -> list:
     """What `piece_gradient` takes of each shard, as the scripts' `make_update` makes it."""
-    number, _ = script.shuffled(args, sizes.shard_envs)
     on = [shard.learner for shard in devices.shards]
     numbers = [shard.number for shard in devices.shards]
     if not hasattr(script, "compute_gae"):  # IMPALA
-        order = [script.shuffle(args, number, keys[d], i) for d, i in zip(on, numbers, strict=True)]
+        order = [script.shuffle(args, sizes.shard_envs, keys[d], i) for d, i in zip(on, numbers, strict=True)]
         return [script.ShardData(*columns) for columns in zip(rollouts, order, numbers, strict=True)]
-    order = [script.shuffle(args, number, keys[d], 0, i) for d, i in zip(on, numbers, strict=True)]
+    order = [script.shuffle(args, sizes.shard_envs, keys[d], 0, i) for d, i in zip(on, numbers, strict=True)]
     estimates = [script.compute_gae(rollout, args.gamma, args.gae_lambda) for rollout in rollouts]
     sums = total([script.minibatch_sums(*pair) for pair in zip(estimates, order, strict=True)])
     sums = [sums[d] for d in on]

@@ -19,7 +19,10 @@ def write_run(name, hashes, *, actors=2, platform=(), end="\n", **flags):
     run = Path("runs") / name
     run.mkdir(parents=True, exist_ok=True)
     args = dict(seed=1, exp_name="a", channels=[4, 8], learner_device_ids=[0]) | flags
-    (run / "run.json").write_text(json.dumps(dict(args=args, actors=actors, platform=PLATFORM | dict(platform))))
+    free = {"exp_name", "learner_device_ids", "log_frequency", "load_model"}
+    hyper_parameters = {flag: value for flag, value in args.items() if flag not in free} | {"actors": actors}
+    record = dict(args=args, hyper_parameters=hyper_parameters, platform=PLATFORM | dict(platform))
+    (run / "run.json").write_text(json.dumps(record))
     (run / "hashes.tsv").write_text("\n".join(f"{update}\t{sha(x)}" for update, x in hashes) + end)
 
 
@@ -145,7 +148,19 @@ def test_real_runs(monkeypatch, capsys):
     assert (code, out.split("\n\n")[0]) == (0, "same: equal in all 4 updates that both logged, to update 4")
 
 
-def test_free_flags_are_those_of_the_script(script):
-    """A resumed run does not load its model again, but other parameters at the start are other bits."""
-    free = {*script.FLAGS_FREE_ON_RESUME} - {"load_model"}
-    assert free == compare.FLAGS_THAT_KEEP_BITS
+def test_a_model_to_start_from_changes_the_bits(monkeypatch, capsys):
+    """It is no hyper-parameter, because a resumed run does not load it again."""
+    write_run("a", [(1, 1)])
+    write_run("b", [(1, 2)], load_model="model.msgpack")
+    _, out = compared(monkeypatch, capsys)
+    assert "changes the bits, or may" in out
+    assert "--load-model" in out
+    assert "without changing bits" not in out
+
+
+def test_hyper_parameters_are_all_flags_but_the_free_ones(script):
+    args = script.Args()
+    _, _, record = script.set_up(args)
+    assert set(script.FREE_FLAGS) <= set(record["args"])
+    assert set(record["hyper_parameters"]) == set(record["args"]) - set(script.FREE_FLAGS) | {"actors"}
+    assert record["hyper_parameters"]["actors"] == args.num_actor_threads

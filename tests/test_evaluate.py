@@ -130,7 +130,7 @@ def run(ppo):
     args, network, params = make_model(ppo)
     Path("runs/one/checkpoints").mkdir(parents=True)
     Path("model.msgpack").rename("runs/one/model.msgpack")
-    record = {"args": asdict(args), "actors": 2, "platform": {"script": PPO}}
+    record = {"args": asdict(args), "hyper_parameters": {"actors": 2}, "platform": {"script": PPO}}
     older = jax.tree.map(np.zeros_like, params)
     for update, current, previous in [(9, older, older), (10, params, older), (11, older, params)]:
         state = TrainState.create(apply_fn=network.apply, params=current, tx=optax.adam(1e-3))

@@ -52,7 +52,7 @@ def test_bad_flag(script, line, monkeypatch, capsys):
     for name in ("make_env", "playing", "make_update", "ActorCritic"):
         monkeypatch.setattr(script, name, lambda *_: pytest.fail("built something before the flags were checked"))
     monkeypatch.setattr(script.os, "_exit", lambda code: pytest.fail("took the flags"))
-    monkeypatch.setattr(script, "listen_for_signals", lambda signals_received: None)
+    monkeypatch.setattr(script, "listen_for_signals", tuple)
     monkeypatch.setattr(sys, "argv", ["script", *line.split()])
     with pytest.raises(SystemExit) as caught:
         script.main()
@@ -198,7 +198,7 @@ def test_the_command_line_is_args(script):
         ("--anneal-lr=False --save_model True", dict(anneal_lr=False, save_model=True)),
         ("--anneal_lr=false --track=TRUE --seed 3", dict(anneal_lr=False, track=True, seed=3)),
         ("--no-anneal-lr --save-model", dict(anneal_lr=False, save_model=True)),
-        ("--exp-name true --anneal-lr true", dict(exp_name="true")),
+        ("--exp-name true-love --anneal-lr true", dict(exp_name="true-love")),
     ],
 )
 def test_booleans_as_sweeps_pass_them(script, line, flags):

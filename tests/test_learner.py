@@ -54,9 +54,9 @@ def update(script, rollout, devices=(0,), count=1, **flags):
     shards = script.assemble([script.Delivery(0, pieces, [], {})])
     for i in range(count):
         states, metrics = learn(states, shards, jax.random.fold_in(jax.random.key(1), i))
-    for state in states[1:]:
-        assert script.params_sha256(state.params) == script.params_sha256(states[0].params)
     params = jax.device_get(states[0].params)
+    for state in states:
+        assert script.params_sha256(state.params) == script.params_sha256(params)
     return script.params_sha256(params), params, script.summarise(jax.device_get(metrics))
 
 

@@ -333,11 +333,11 @@ def test_what_fails_before_the_run_begins_leaves_nothing(script, monkeypatch):
         def __call__(self, obs):
             raise ZeroDivisionError("no such layer")
 
-    monkeypatch.setattr(script, "ActorCritic", Broken)
-    with pytest.raises(ZeroDivisionError):
-        script.train(script.Args(img_size=16))
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "ActorCritic", Broken)
+        with pytest.raises(ZeroDivisionError):
+            script.train(script.Args(img_size=16))
     assert not Path("runs").exists()
-    monkeypatch.undo()
     monkeypatch.setattr(script, "make_update", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         script.train(script.Args(img_size=16, channels=(4,)))
