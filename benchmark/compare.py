@@ -1,9 +1,9 @@
-"""Same seed, other result? Whether two runs have the same bits, where they part, and what they were not given alike.
+"""Same seed, different result? Say whether two runs have the same bits, where they diverge, and which settings differ.
 
     uv run benchmark/compare.py runs/NAME runs/OTHER
 
-With every log a run writes the hash of its parameters to hashes.tsv. The updates that both runs have logged are held
-against each other, as far as both have come: a run may still go on. Exit code 0: same; 1: not; 2: nothing to compare.
+At every log a run writes the hash of its parameters to hashes.tsv. This tool compares the updates that both runs have
+logged so far; a run may still be going on. Exit code 0: same; 1: different; 2: nothing to compare.
 """
 
 import re

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 # Four devices on any machine; the size of XLA's thread pool must not depend on the number of cores. Each program is
@@ -139,6 +140,103 @@ class Launcher:
 @pytest.fixture
 def launcher(tmp_path):
     return Launcher(tmp_path)
+
+
+# Stands in for every program that the documents and shell scripts call. It writes down what it is given; sbatch runs
+# its script as SLURM would run index $INDEX of an array, and notes how many tasks the header asks for.
+STAND_IN = f"""#!{sys.executable} -SI
+import json, os, re, subprocess, sys
+
+tool, words = os.path.basename(sys.argv[0]), sys.argv[1:]
+with open(os.environ["RECORDS"], "a") as records:
+    place = [os.environ.get(name) for name in ("SOURCE", "TASKS", "CUDA_VISIBLE_DEVICES", "JAX_PLATFORMS")]
+    records.write(json.dumps([[tool, *words], *place]) + "\\n")
+if tool == "sbatch":
+    while words and words[0].startswith("-"):
+        words.pop(0)
+    text = open(words[0]).read() if words else sys.stdin.read()
+    sizes = re.findall("^#SBATCH --(nodes|ntasks|ntasks-per-node)=([0-9]+)", text, re.MULTILINE)
+    tasks = 1
+    for _, size in sizes:
+        tasks *= int(size)
+    index = os.environ.get("INDEX", "0")
+    job = dict(SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="10", SLURM_ARRAY_TASK_ID=index, TASKS=str(tasks))
+    sys.exit(subprocess.run(["bash", "-s", *words[1:]], input=text, text=True, env=os.environ | job).returncode)
+sys.exit(int(os.environ.get("EXIT_" + tool, 0)))
+"""
+
+
+@pytest.fixture
+def type_in(tmp_path, monkeypatch):
+    """Types a text in a shell; returns [words, source, tasks, GPUs, platforms] of every program that it called."""
+    tools, records = tmp_path / "tools", tmp_path / "records"
+    tools.mkdir()
+    for name in ["pip", "uv", "python", "tensorboard", "sbatch", "srun", "scontrol"]:
+        (tools / name).write_text(STAND_IN)
+        (tools / name).chmod(0o755)
+    for name in ["benchmark", *(f"{script}.py" for script in SCRIPTS)]:
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setenv("RECORDS", str(records))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def type_in(text: str, source: str = "", code: int = 0) -> list[list]:
+        records.write_text("")
+        options = dict(input=text + "\nwait", text=True, env=os.environ | {"SOURCE": source}, timeout=60)
+        result = subprocess.run(["bash", "-e"], **options)
+        assert result.returncode == code, source
+        return [json.loads(line) for line in records.read_text().splitlines()]
+
+    return type_in
+
+
+@pytest.fixture
+def type_sweep(monkeypatch, capsys):
+    """Flags of benchmark/run.py -> what it prints; for --dry-run and --slurm, which run nothing."""
+    run = load("benchmark/run")
+
+    def type_sweep(*flags: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["run.py", *flags])
+        run.main()
+        return capsys.readouterr().out
+
+    return type_sweep
+
+
+# A run of four updates with a checkpoint after every second, and what a longer one has.
+TINY = dict(img_size=16, channels=(4,), local_num_envs=4, num_actor_threads=1, num_steps=8,
+            num_minibatches=1, log_frequency=1, checkpoint_frequency=2, total_timesteps=4 * 32)  # fmt: skip
+LONGER = dict(total_timesteps=6 * 32)
+
+
+class PowerCut(Exception):
+    pass
+
+
+def train_until(script, monkeypatch, update, **flags):
+    """Start a run of the name "it" and end it without warning after `update`."""
+    log = script.Report.update
+
+    def cut(report, *args):
+        log(report, *args)
+        if report.updates == update:
+            raise PowerCut
+
+    args = script.Args(**TINY | flags, resume="it", start_fresh=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Report, "update", cut)
+        with pytest.raises(PowerCut):
+            script.train(args)
+
+
+def resume(script, **flags):
+    return script.train(script.Args(**TINY | flags, resume="it"))
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """(script, flags) -> the hash of the uninterrupted run, played once."""
+    return cache(lambda script, **flags: script.train(script.Args(**TINY | flags))["params_sha256"])
 
 
 class CountingPool:

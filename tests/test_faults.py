@@ -1,17 +1,26 @@
-"""Disks that fill up, files that are damaged or gone, environments that hang, homes that are not there."""
+"""Disks that fill up, files that are damaged or gone, environments that hang or die, homes that are not there."""
 
+import contextlib
 import errno
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import conftest
 import pytest
+from conftest import LONGER, resume, train_until
 
 TINY = dict(img_size=16, channels=(4,), local_num_envs=4, num_actor_threads=1, num_steps=8,
             num_minibatches=1, log_frequency=1, total_timesteps=64)  # fmt: skip
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
+SHORT = [*conftest.SMALL, "--total-timesteps", "512", "--num-actor-threads", "2"]
 IT = dict(resume="it", start_fresh=True)
 
 
@@ -234,3 +243,243 @@ def test_final_games_cost_no_training_time(script, monkeypatch):
     again = train(script, **flags | dict(save_model=False), resume="it")
     assert summary["evaluation"] is not None
     assert again["evaluation"] == summary["evaluation"]
+
+
+CRASH = """
+import sys
+sys.path.insert(0, {tests!r})
+import conftest
+script = conftest.load({name!r})
+make_env = script.make_env
+
+class Faulty:
+    def __init__(self, pool):
+        self.pool, self.steps, self.reset = pool, 0, pool.reset
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == 7:
+            raise OSError("the cartridge fell out")
+        return self.pool.step(action)
+
+pools = []
+def make(args, seeds, num_threads):
+    pool = make_env(args, seeds, num_threads)
+    return Faulty(pool) if seeds == script.env_seeds(args.seed, 0, 8, 8) else pool
+
+script.make_env = make
+sys.argv = ["script", *{flags!r}]
+script.main()
+"""
+
+
+@conftest.one_fast
+def test_an_actor_that_dies_ends_the_run(script, launcher, tmp_path):
+    code = CRASH.format(tests=str(conftest.ROOT / "tests"), name=script.__name__, flags=SHORT)
+    start = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert result.returncode == 1
+    assert "actor 1 failed" in result.stderr
+    assert "OSError: the cartridge fell out" in result.stderr
+    assert "in step" in result.stderr  # the original traceback
+    (summary,) = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/summary.json")]
+    assert summary["status"] == "failed"
+    assert summary["seconds"] < 15
+    assert time.monotonic() - start < 60
+
+
+@conftest.one_fast
+def test_nothing_is_left_when_an_actor_dies(script, monkeypatch, counting_pool):
+    """In this process: the error comes within seconds, and no actor survives it."""
+    failed_at = []
+
+    class Faulty(counting_pool):
+        def step(self, action):
+            if len(self.log) == 7:
+                failed_at.append(time.monotonic())
+                raise OSError("the cartridge fell out")
+            return super().step(action)
+
+    monkeypatch.setattr(script, "env_spec", lambda args: ((4, 8, 8), 4))
+    args = script.Args(img_size=8, channels=(4,), local_num_envs=4, num_actor_threads=2, num_steps=16,
+                       num_minibatches=2, total_timesteps=10**6)  # fmt: skip
+    second = script.env_seeds(args.seed, 0, 4, 4)
+    monkeypatch.setattr(script, "make_env", lambda args, seeds, n: (Faulty if seeds == second else counting_pool)(4))
+    with pytest.raises(RuntimeError, match="actor 1 failed") as caught:
+        script.train(args)
+    assert time.monotonic() - failed_at[0] < 5
+    assert isinstance(caught.value.__cause__, OSError)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("actor")]
+
+
+@conftest.one_fast
+@pytest.mark.parametrize("how", ["timeout", "SIGTERM", "Ctrl-C"])
+def test_environments_that_hang(script, monkeypatch, counting_pool, how):
+    """The run ends within seconds, names actor and step, and leaves a summary; compiling takes no part of the time."""
+    released, heard = threading.Event(), set()
+
+    class Hanging(counting_pool):
+        def step(self, action):
+            if len(self.log) == 3:
+                if how == "SIGTERM":
+                    heard.add(signal.SIGTERM)
+                elif how == "Ctrl-C":
+                    threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
+                hung_at.append(time.monotonic())
+                released.wait()
+            return super().step(action)
+
+    hung_at, timeout = [], {"actor_timeout": 1} if how == "timeout" else {}
+    monkeypatch.setattr(script, "env_spec", lambda args: ((4, 8, 8), 4))
+    monkeypatch.setattr(script, "make_env", lambda args, seeds, n: Hanging(4))
+    args = script.Args(**TINY | dict(img_size=8, total_timesteps=10**6), **timeout, **IT)
+    said = r"actor 0: step 4 of its environments takes more than \d s"
+    ends = {"timeout": (TimeoutError, said), "SIGTERM": (SystemExit, "143"), "Ctrl-C": (KeyboardInterrupt, "^$")}
+    error, message = ends[how]
+    try:
+        with pytest.raises(error, match=message):
+            script.train(args, heard)
+        assert 0.4 < time.monotonic() - hung_at[0] < 10
+    finally:
+        released.set()
+    summary = json.loads(Path("runs/it/summary.json").read_text())
+    assert summary["status"] == {"timeout": "failed", "SIGTERM": "preempted", "Ctrl-C": "interrupted"}[how]
+    assert summary["updates"] == 0
+
+
+@conftest.one_fast
+def test_nan_ends_the_run(script):
+    """At the next log, with its name; no checkpoint is made of it, and the last one before is kept."""
+    flags = TINY | dict(checkpoint_frequency=1, total_timesteps=10**6, resume="it", start_fresh=True, anneal_lr=False)
+    with pytest.raises(FloatingPointError, match=r"update \d+: losses/\w+ is not finite, no checkpoint made"):
+        script.train(script.Args(**flags, learning_rate=1e30))
+    summary = json.loads(Path("runs/it/summary.json").read_text())
+    assert summary["status"] == "failed"
+    whole = [int(path.stem) for path in script.find_checkpoints(Path("runs/it"))]
+    assert whole == list(range(1, summary["updates"]))[-2:]
+
+
+@conftest.one_fast
+def test_what_fails_before_the_run_begins_leaves_nothing(script, monkeypatch):
+    """Here while the network is built; from the moment that its directory exists, a run ends with a summary."""
+
+    class Broken(script.ActorCritic):
+        def __call__(self, obs):
+            raise ZeroDivisionError("no such layer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "ActorCritic", Broken)
+        with pytest.raises(ZeroDivisionError):
+            script.train(script.Args(img_size=16))
+    assert not Path("runs").exists()
+    monkeypatch.setattr(script, "make_update", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        script.train(script.Args(img_size=16, channels=(4,)))
+    (summary,) = [json.loads(path.read_text()) for path in Path("runs").glob("*/summary.json")]
+    assert (summary["status"], summary["updates"], summary["params_sha256"]) == ("failed", 0, None)
+
+
+@conftest.one_fast
+def test_a_run_json_that_a_full_disk_left_empty(script, monkeypatch, whole):
+    """All that a resumed run needs is in the checkpoint."""
+    train_until(script, monkeypatch, 3)
+    Path("runs/it/run.json").write_text("")
+    with pytest.raises(script.FlagError, match=r"--gamma 0\.9: the run to resume has 0\.99"):
+        resume(script, gamma=0.9)
+    assert resume(script)["params_sha256"] == whole(script)
+    assert json.loads(Path("runs/it/run.json").read_text())["args"]["resume"] == "it"
+
+
+def test_a_directory_that_cannot_be_written(script):
+    Path("runs").write_text("a file where the directory should be")
+    with pytest.raises(script.FlagError, match=r"the directory runs/.*: cannot be written: "):
+        script.train(script.Args(**TINY))
+
+
+@pytest.mark.parametrize("damage", ["truncated", SLOW("flipped"), SLOW("emptied")])
+@conftest.one_fast
+def test_a_damaged_checkpoint(script, whole, monkeypatch, capfd, damage):
+    """The one before is taken, and the damaged one written again."""
+    train_until(script, monkeypatch, 5, **LONGER)
+    newest = Path("runs/it/checkpoints/4.msgpack")
+    if damage == "truncated":
+        os.truncate(newest, newest.stat().st_size // 2)
+    elif damage == "flipped":
+        content = bytearray(newest.read_bytes())
+        content[len(content) // 2] ^= 1
+        newest.write_bytes(content)
+    else:
+        newest.write_bytes(b"")
+    capfd.readouterr()
+    resumed = resume(script, **LONGER)
+    assert "the checkpoint runs/it/checkpoints/4.msgpack cannot be read, trying an older one" in capfd.readouterr().out
+    assert resumed["resumed_at"] == [2]
+    assert resumed["params_sha256"] == whole(script, **LONGER)
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["4.msgpack", "6.msgpack", "lock"]
+
+
+KILLED_WRITING = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import conftest
+script = conftest.load({name!r})
+replace = os.replace
+
+def die(source, target):
+    "All is written and the checkpoint has not its name yet."
+    if target.name == "4.msgpack":
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+os.replace = die
+script.train(script.Args(**{flags!r}))
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_while_a_checkpoint_is_written(script, whole, tmp_path):
+    flags = conftest.TINY | LONGER | dict(resume="it", start_fresh=True)
+    code = KILLED_WRITING.format(tests=str(conftest.ROOT / "tests"), name=script.__name__, flags=flags)
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    names = sorted(path.name for path in Path("runs/it/checkpoints").iterdir())
+    assert names == ["2.msgpack", "lock", "unfinished"]
+    resumed = resume(script, **LONGER)
+    assert resumed["resumed_at"] == [2]
+    assert resumed["params_sha256"] == whole(script, **LONGER)
+
+
+@contextlib.contextmanager
+def small_disk(path, size):
+    """A file system of its own; skips the test where none can be made."""
+    path.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True)
+    if made.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@conftest.one_fast
+def test_a_full_disk(script, whole, tmp_path, monkeypatch):
+    """The run ends with an error that says so; with room again, its last whole checkpoint is resumed."""
+    save = script.Report.save
+
+    def fill(report, update, tree):
+        if update == 4:
+            report.wait_for_checkpoint()
+            space = os.statvfs("runs")
+            os.posix_fallocate(ballast.fileno(), 0, space.f_bavail * space.f_bsize)
+        save(report, update, tree)
+
+    with small_disk(tmp_path / "runs", "64m"):
+        with monkeypatch.context() as patch:
+            patch.setattr(script.Report, "save", fill)
+            with open("runs/ballast", "wb") as ballast, pytest.raises(OSError, match="No space left on device"):
+                resume(script, **LONGER, start_fresh=True)
+        os.remove("runs/ballast")
+        resumed = resume(script, **LONGER)
+    assert resumed["resumed_at"] == [2]
+    assert resumed["params_sha256"] == whole(script, **LONGER)

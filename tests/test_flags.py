@@ -2,8 +2,6 @@
 
 import re
 import resource
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -203,27 +201,3 @@ def test_the_command_line_is_args(script):
 )
 def test_booleans_as_sweeps_pass_them(script, line, flags):
     assert script.parse_args(line.split()) == script.Args(**flags)
-
-
-def test_flags_of_the_readme_are_valid(script):
-    """Every command line and every row of flags in README.md and the docstring passes the scripts' own validation."""
-    text = (conftest.ROOT / "README.md").read_text() + script.__doc__.replace("THIS_FILE", script.__name__)
-    text = "\n".join(line for line in text.splitlines() if "benchmark/" not in line)  # those test_launcher.py checks
-    text = text.replace("$address", "127.0.0.1:9876")
-    lines = re.findall(rf"{script.__name__}\.py (--[^`#\n(&]*)", text) + re.findall(
-        r"`(--actor-device-ids [^`]*)`", text
-    )
-    lines = [line for line in lines if "--help" not in line]
-    assert len(lines) >= 6
-    for line in lines:
-        args = tyro.cli(script.Args, args=shlex.split(line))
-        script.check_args(args, args.num_processes or 1)
-
-
-def test_flags_of_the_slurm_template_are_valid(script):
-    """For the two tasks that it starts; as bash it parses."""
-    path = conftest.ROOT / "benchmark" / "slurm.sbatch"
-    assert subprocess.run(["bash", "-n", path]).returncode == 0
-    line = re.search(r'--distributed (.*?)"\$@"', path.read_text(), re.DOTALL).group(1).replace("\\\n", " ")
-    args = tyro.cli(script.Args, args=shlex.split(line))
-    script.check_args(args, 2)

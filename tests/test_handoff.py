@@ -21,6 +21,8 @@ def play(script, handoff, actor_id, updates, delay, crash_at=None):
                 raise ZeroDivisionError("boom")
             time.sleep(delay())
             handoff.rollouts[actor_id].put(script.Delivery(version, int(params), [], {}))
+    except SystemExit:
+        pass  # the hand-off has stopped
     except Exception as error:
         handoff.rollouts[actor_id].put(error)
 

@@ -1,4 +1,4 @@
-"""The sweep launcher, with a small script in place of a training run, and what the shell scripts and README type."""
+"""The sweep launcher, with a small script in place of a training run, and the jobs for SLURM."""
 
 import fcntl
 import json
@@ -11,13 +11,11 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from importlib.util import find_spec
 from unittest.mock import ANY
 
 import conftest
 import envpool
 import pytest
-import tyro
 
 run = conftest.load("benchmark/run")
 
@@ -241,20 +239,13 @@ def test_a_terminal_shows_a_table(stub, tmp_path):
     assert re.search(r"failed: Broken-v5__stub__1__\w+: the screen is black\r\n", out)
 
 
-def call(monkeypatch, capsys, *flags: str) -> str:
-    """What the launcher prints without running anything."""
-    monkeypatch.setattr(sys, "argv", ["run.py", *flags])
-    run.main()
-    return capsys.readouterr().out
-
-
-def test_dry_run(monkeypatch, capsys):
+def test_dry_run(monkeypatch, type_sweep):
     monkeypatch.setattr(run.os, "sched_getaffinity", lambda pid: set(range(10)), raising=False)
     monkeypatch.delenv("NPROC")
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7")
     sizes = ["--workers", "2", "--processes", "2", "--gpus-per-worker", "2"]
-    out = call(monkeypatch, capsys, "--command", "uv run --with 'jax[cuda13]' stub.py --concurrency", *sizes,
+    out = type_sweep("--command", "uv run --with 'jax[cuda13]' stub.py --concurrency", *sizes,
                "--exp-name", "x", "--env-ids", "Pong-v5", "Pong-v5", "--seeds", "3", "4", "--dry-run")  # fmt: skip
     line = (
         "env NPROC=2 CUDA_VISIBLE_DEVICES={gpu} JAX_PLATFORMS=cuda,cpu taskset --cpu-list {cores} "
@@ -270,9 +261,9 @@ def test_dry_run(monkeypatch, capsys):
     ]
 
 
-def test_every_run_of_a_dry_run_has_a_port_of_its_own(monkeypatch, capsys):
+def test_every_run_of_a_dry_run_has_a_port_of_its_own(type_sweep):
     flags = ["--command", "a.py", "--processes", "2", "--env-ids", "Pong-v5", "--seeds", "1", "2", "3"]
-    lines = call(monkeypatch, capsys, *flags, "--dry-run").splitlines()
+    lines = type_sweep(*flags, "--dry-run").splitlines()
     ports = [set(re.findall(r"127\.0\.0\.1:(\d+)", line)) for line in lines]
     assert [len(own) for own in ports] == [1, 1, 1]
     assert len(set.union(*ports)) == 3
@@ -282,17 +273,17 @@ def test_every_run_of_a_dry_run_has_a_port_of_its_own(monkeypatch, capsys):
     ("gpus", "given", "used"),
     [("1", None, "cuda,cpu"), ("1", "", "cuda,cpu"), ("1", "rocm,cpu", "rocm,cpu"), ("0", None, None)],
 )
-def test_who_asks_for_gpus_says_so_to_jax(monkeypatch, capsys, gpus, given, used):
+def test_who_asks_for_gpus_says_so_to_jax(monkeypatch, gpus, given, used, type_sweep):
     monkeypatch.delenv("JAX_PLATFORMS")
     if given is not None:
         monkeypatch.setenv("JAX_PLATFORMS", given)
     flags = ["--command", "a.py", "--env-ids", "Pong-v5", "--seeds", "1", "--gpus-per-worker", gpus]
-    out = call(monkeypatch, capsys, *flags, "--dry-run")
+    out = type_sweep(*flags, "--dry-run")
     assert re.findall(r"JAX_PLATFORMS=(\S+)", out) == ([used] if used else [])
 
 
-def test_other_flags_make_another_run_and_another_python_does_not(monkeypatch, capsys):
-    name = lambda *flags: re.search(r"--resume (\S+)", call(monkeypatch, capsys, *flags, "--dry-run"))[1]
+def test_other_flags_make_another_run_and_another_python_does_not(type_sweep):
+    name = lambda *flags: re.search(r"--resume (\S+)", type_sweep(*flags, "--dry-run"))[1]
     base = name("--command", "uv run a.py --gamma 0.9")
     assert name("--command", "python -O a.py --gamma 0.9") == base
     assert name("--command", "python a.py --gamma 0.99") != base
@@ -317,10 +308,10 @@ def test_other_flags_make_another_run_and_another_python_does_not(monkeypatch, c
         (["--seeds"], "--seeds (empty): needs one seed or more"),
     ],
 )
-def test_errors(flags, message, monkeypatch, capsys):
+def test_errors(flags, message, monkeypatch, capsys, type_sweep):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(SystemExit) as error:
-        call(monkeypatch, capsys, "--command", "a.py", *flags)
+        type_sweep("--command", "a.py", *flags)
     assert error.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -333,60 +324,12 @@ def test_lists_of_games():
         assert set(games) <= known
 
 
-# Stands in for every program that the documents and shell scripts call. It writes down what it is given; sbatch runs
-# its script as SLURM would run index $INDEX of an array, and notes how many tasks the header asks for.
-STAND_IN = f"""#!{sys.executable} -SI
-import json, os, re, subprocess, sys
-
-tool, words = os.path.basename(sys.argv[0]), sys.argv[1:]
-with open(os.environ["RECORDS"], "a") as records:
-    place = [os.environ.get(name) for name in ("SOURCE", "TASKS", "CUDA_VISIBLE_DEVICES", "JAX_PLATFORMS")]
-    records.write(json.dumps([[tool, *words], *place]) + "\\n")
-if tool == "sbatch":
-    while words and words[0].startswith("-"):
-        words.pop(0)
-    text = open(words[0]).read() if words else sys.stdin.read()
-    sizes = re.findall("^#SBATCH --(nodes|ntasks|ntasks-per-node)=([0-9]+)", text, re.MULTILINE)
-    tasks = 1
-    for _, size in sizes:
-        tasks *= int(size)
-    index = os.environ.get("INDEX", "0")
-    job = dict(SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="10", SLURM_ARRAY_TASK_ID=index, TASKS=str(tasks))
-    sys.exit(subprocess.run(["bash", "-s", *words[1:]], input=text, text=True, env=os.environ | job).returncode)
-sys.exit(int(os.environ.get("EXIT_" + tool, 0)))
-"""
-
-
-@pytest.fixture
-def type_in(tmp_path, monkeypatch):
-    """Types a text in a shell; returns [words, source, tasks, GPUs, platforms] of every program that it called."""
-    tools, records = tmp_path / "tools", tmp_path / "records"
-    tools.mkdir()
-    for name in ["pip", "uv", "python", "tensorboard", "sbatch", "srun", "scontrol"]:
-        (tools / name).write_text(STAND_IN)
-        (tools / name).chmod(0o755)
-    for name in ["benchmark", *(f"{script}.py" for script in conftest.SCRIPTS)]:
-        (tmp_path / name).symlink_to(conftest.ROOT / name)
-    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    monkeypatch.setenv("RECORDS", str(records))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-    def type_in(text: str, source: str = "", code: int = 0) -> list[list]:
-        records.write_text("")
-        options = dict(input=text + "\nwait", text=True, env=os.environ | {"SOURCE": source}, timeout=60)
-        result = subprocess.run(["bash", "-e"], **options)
-        assert result.returncode == code, source
-        return [json.loads(line) for line in records.read_text().splitlines()]
-
-    return type_in
-
-
-def test_slurm_array(type_in, tmp_path, monkeypatch, capsys):
+def test_slurm_array(type_in, tmp_path, monkeypatch, type_sweep):
     flags = ["--command", "uv run --with 'a[b]' stub.py", "--env-ids", "One-v5", "Two-v5", "Six-v5", "--seeds", "5"]
     flags += ["--exp-name", "x", "--workers", "2", "--processes", "2", "--gpus-per-worker", "8"]
-    _, dry, _ = call(monkeypatch, capsys, *flags, "--dry-run").splitlines()
+    _, dry, _ = type_sweep(*flags, "--dry-run").splitlines()
     name = re.search(r"--resume (\S+)", dry)[1]
-    text = call(monkeypatch, capsys, *flags, "--slurm")
+    text = type_sweep(*flags, "--slurm")
     for line in ["--job-name=x", "--array=0-2%2", "--ntasks=2", "--gpus-per-task=4", "--signal=TERM@120"]:
         assert f"#SBATCH {line}\n" in text
     words = ["uv", "run", "--with", "a[b]", "stub.py", "--env-id", "Two-v5", "--seed", "5", "--exp-name", "x"]
@@ -408,13 +351,13 @@ def test_slurm_array(type_in, tmp_path, monkeypatch, capsys):
         assert [record[0][0] for record in type_in(job, code=1)] == ["sbatch"]
     # finished runs are left out
     (tmp_path / "runs" / name / "summary.json").write_text('{"status": "finished"}')
-    text = call(monkeypatch, capsys, *flags, "--slurm")
+    text = type_sweep(*flags, "--slurm")
     assert "Two-v5" not in text
     assert "#SBATCH --array=0-1%2\n" in text
 
 
 @pytest.mark.parametrize(("given", "used"), [(None, "cuda,cpu"), ("cpu", "cpu")])
-def test_jobs_for_gpus_say_so_to_jax(type_in, monkeypatch, capsys, given, used):
+def test_jobs_for_gpus_say_so_to_jax(type_in, monkeypatch, given, used, type_sweep):
     """Else JAX passes over GPUs that it cannot use. A job that asked for none is left alone."""
     monkeypatch.delenv("JAX_PLATFORMS")
     if given is not None:
@@ -424,66 +367,17 @@ def test_jobs_for_gpus_say_so_to_jax(type_in, monkeypatch, capsys, given, used):
         return {record[-1] for record in type_in(text) if record[0][0] == program}
 
     sweep = ["--command", "a.py", "--env-ids", "One-v5", "--seeds", "5", "--slurm", "--gpus-per-worker"]
-    job = lambda gpus: f"sbatch <<'END'\n{call(monkeypatch, capsys, *sweep, gpus)}END\n"
+    job = lambda gpus: f"sbatch <<'END'\n{type_sweep(*sweep, gpus)}END\n"
     assert platforms(job("1"), "srun") == {used}
     assert platforms(job("0"), "srun") == {given}
     assert platforms("sbatch benchmark/slurm.sbatch cleanba_ppo_envpool.py", "srun") == {used}
     assert platforms("PYTHON=python bash benchmark/gpu.sh out hashes", "python") == {used}
 
 
-def check(program: str, flags: list[str], tasks: int, gpus: str | None) -> None:
-    """Hold flags against a program as it does itself, on a machine of eight devices, without starting anything."""
-    if program in ("benchmark/plot", "benchmark/learns") and not find_spec("rliable"):
-        return  # cannot be installed with this Python
-    module = conftest.load("cleanba_ppo_envpool" if program == "mine" else program)  # which README copies to mine.py
-    if program == "benchmark/gpu":  # its arguments are scripts with their flags
-        for name, *own in map(str.split, flags):
-            check(name.removesuffix(".py"), own, 1, None)
-    elif program.startswith("benchmark/"):
-        tyro.cli(module.Options, args=flags)
-    else:
-        args = tyro.cli(module.Args, args=flags)
-        module.check_args(args, args.num_processes or (tasks if args.distributed else 1))
-        visible = range(len(gpus.split(",")) if gpus else 8)
-        assert {*visible} >= {*args.actor_device_ids, *args.learner_device_ids}, "there are no such devices"
-
-
-OURS = re.compile(r"(cleanba_|benchmark/|mine)\w*\.py")
-DOCUMENTS = ["README.md", "benchmark/README.md", "benchmark/results/README.md"]
-
-
-def test_every_command_that_we_tell_people_to_type_is_valid(type_in, monkeypatch, capsys):
-    """Commands are caught where the shell hands them over; a sweep's become those of its runs, and those of SLURM."""
-    records, sources = [], Counter()
-    for document in (path for path in DOCUMENTS if (conftest.ROOT / path).exists()):
-        for block in re.findall(r"```bash\n(.*?)```", (conftest.ROOT / document).read_text(), re.DOTALL):
-            records += type_in(block, document)
-    sweeps = [path for path in sorted((conftest.ROOT / "benchmark").glob("*.sh")) if "/run.py" in path.read_text()]
-    for path in sweeps:
-        records += type_in(f"bash {shlex.quote(f'benchmark/{path.name}')}", path.name)
-    for words, source, *_ in records.copy():
-        if "benchmark/run.py" in words:
-            flags = [word for word in words[words.index("benchmark/run.py") + 1 :] if word != "--slurm"]
-            flags += ["--env-ids", "Pong-v5", "--seeds", "1"]
-            records += type_in(call(monkeypatch, capsys, *flags, "--dry-run"), source)
-            records += type_in(f"sbatch <<'END'\n{call(monkeypatch, capsys, *flags, '--slurm')}END\n", source)
-    for words, source, tasks, gpus, _ in records:
-        program = next((i for i, word in enumerate(words) if OURS.match(word)), None)
-        if program is not None:
-            try:
-                check(words[program].removesuffix(".py"), words[program + 1 :], int(tasks or 1), gpus)
-            except (Exception, SystemExit) as error:
-                pytest.fail(f"{source}: {shlex.join(words)}: {error!r} {capsys.readouterr().err}")
-            sources[source] += 1
-    assert sources["README.md"] >= 7
-    for path in sweeps:
-        assert sources[path.name] >= 3  # the sweep, its run, its job
-
-
-def test_processes_of_a_run_name_each_other(type_in, monkeypatch, capsys):
+def test_processes_of_a_run_name_each_other(type_in, type_sweep):
     flags = ["--command", "python a.py", "--processes", "3", "--env-ids", "Pong-v5", "--seeds", "1"]
     place = lambda words: {flag: words[words.index(flag) + 1] for flag in words if flag in run.OWN_FLAGS[6:]}
-    places = [place(words) for words, *_ in type_in(call(monkeypatch, capsys, *flags, "--dry-run"))]
+    places = [place(words) for words, *_ in type_in(type_sweep(*flags, "--dry-run"))]
     assert sorted(p["--process-id"] for p in places) == ["0", "1", "2"]
     assert len({p["--coordinator-address"] for p in places}) == 1
 

@@ -40,10 +40,3 @@ def test_importing_a_script_starts_nothing(script):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.stdout.strip() == "False 1 []\nFalse", result.stderr
-
-
-def test_ci_runs_the_readme_s_test_command():
-    readme = (conftest.ROOT / "README.md").read_text()
-    assert "uv run pytest" in readme
-    assert "uv run pytest" in (conftest.ROOT / ".ci" / "run").read_text()
-    assert "uv run pytest" in (conftest.ROOT / ".github" / "workflows" / "tests.yml").read_text()

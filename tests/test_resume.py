@@ -1,60 +1,23 @@
-"""A run that is killed at any moment and resumed ends with the bits of one that never was; models that leave it."""
+"""A run that is killed at any moment and resumed ends with the bits of one that never was."""
 
-import contextlib
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import conftest
 import jax
-import numpy as np
 import pytest
+from conftest import TINY, resume, train_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-TINY = dict(img_size=16, channels=(4,), local_num_envs=4, num_actor_threads=1, num_steps=8,
-            num_minibatches=1, log_frequency=1, checkpoint_frequency=2, total_timesteps=4 * 32)  # fmt: skip
-LONGER = dict(total_timesteps=6 * 32)
 FLAGS = [*conftest.SMALL, "--num-actor-threads", "2", "--log-frequency", "1", "--total-timesteps", "8192"]
 FLAGS += ["--checkpoint-frequency", "4"]
 SLOW = partial(pytest.param, marks=pytest.mark.slow)
 IT = ["--resume", "it", "--start-fresh"]  # starts, then goes on
 MODES = ["--no-concurrency", "--concurrency"]
-
-
-class PowerCut(Exception):
-    pass
-
-
-def train_until(script, monkeypatch, update, **flags):
-    """Start a run of the name "it" and end it without warning after `update`."""
-    log = script.Report.update
-
-    def cut(report, *args):
-        log(report, *args)
-        if report.updates == update:
-            raise PowerCut
-
-    args = script.Args(**TINY | flags, resume="it", start_fresh=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(script.Report, "update", cut)
-        with pytest.raises(PowerCut):
-            script.train(args)
-
-
-def resume(script, **flags):
-    return script.train(script.Args(**TINY | flags, resume="it"))
-
-
-@pytest.fixture(scope="module")
-def whole():
-    """(script, flags) -> the hash of the uninterrupted run, played once."""
-    return cache(lambda script, **flags: script.train(script.Args(**TINY | flags))["params_sha256"])
 
 
 @conftest.one_fast
@@ -164,17 +127,6 @@ def resume_with_another_network(script, monkeypatch):
         resume(script, start_fresh=True)
 
 
-@conftest.one_fast
-def test_a_run_json_that_a_full_disk_left_empty(script, monkeypatch, whole):
-    """All that a resumed run needs is in the checkpoint."""
-    train_until(script, monkeypatch, 3)
-    Path("runs/it/run.json").write_text("")
-    with pytest.raises(script.FlagError, match=r"--gamma 0\.9: the run to resume has 0\.99"):
-        resume(script, gamma=0.9)
-    assert resume(script)["params_sha256"] == whole(script)
-    assert json.loads(Path("runs/it/run.json").read_text())["args"]["resume"] == "it"
-
-
 def test_a_run_without_a_checkpoint(script):
     """--resume says so and starts afresh only if told."""
     message = r"--resume it: no checkpoint in runs/it can be read\. For example: --resume it --start-fresh"
@@ -186,34 +138,6 @@ def test_a_run_without_a_checkpoint(script):
         sizes, _, record = script.set_up(args)
         report = script.Report(args, sizes, record)
         assert (report.run, report.checkpoint) == (Path(directory), b"")
-
-
-def test_a_directory_that_cannot_be_written(script):
-    Path("runs").write_text("a file where the directory should be")
-    with pytest.raises(script.FlagError, match=r"the directory runs/.*: cannot be written: "):
-        script.train(script.Args(**TINY))
-
-
-@pytest.mark.parametrize("damage", ["truncated", SLOW("flipped"), SLOW("emptied")])
-@conftest.one_fast
-def test_a_damaged_checkpoint(script, whole, monkeypatch, capfd, damage):
-    """The one before is taken, and the damaged one written again."""
-    train_until(script, monkeypatch, 5, **LONGER)
-    newest = Path("runs/it/checkpoints/4.msgpack")
-    if damage == "truncated":
-        os.truncate(newest, newest.stat().st_size // 2)
-    elif damage == "flipped":
-        content = bytearray(newest.read_bytes())
-        content[len(content) // 2] ^= 1
-        newest.write_bytes(content)
-    else:
-        newest.write_bytes(b"")
-    capfd.readouterr()
-    resumed = resume(script, **LONGER)
-    assert "the checkpoint runs/it/checkpoints/4.msgpack cannot be read, trying an older one" in capfd.readouterr().out
-    assert resumed["resumed_at"] == [2]
-    assert resumed["params_sha256"] == whole(script, **LONGER)
-    assert sorted(path.name for path in newest.parent.iterdir()) == ["4.msgpack", "6.msgpack", "lock"]
 
 
 @pytest.fixture(scope="module")
@@ -281,73 +205,6 @@ def test_two_processes_resumed_as_one(script, launcher, uninterrupted):
     assert summary["params_sha256"] == uninterrupted(script, "--no-concurrency")
 
 
-KILLED_WRITING = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-import conftest
-script = conftest.load({name!r})
-replace = os.replace
-
-def die(source, target):
-    "All is written and the checkpoint has not its name yet."
-    if target.name == "4.msgpack":
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-
-os.replace = die
-script.train(script.Args(**{flags!r}))
-"""
-
-
-@pytest.mark.slow
-def test_kill_9_while_a_checkpoint_is_written(script, whole, tmp_path):
-    flags = TINY | LONGER | dict(resume="it", start_fresh=True)
-    code = KILLED_WRITING.format(tests=str(conftest.ROOT / "tests"), name=script.__name__, flags=flags)
-    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    names = sorted(path.name for path in Path("runs/it/checkpoints").iterdir())
-    assert names == ["2.msgpack", "lock", "unfinished"]
-    resumed = resume(script, **LONGER)
-    assert resumed["resumed_at"] == [2]
-    assert resumed["params_sha256"] == whole(script, **LONGER)
-
-
-@contextlib.contextmanager
-def small_disk(path, size):
-    """A file system of its own; skips the test where none can be made."""
-    path.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True)
-    if made.returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-
-@conftest.one_fast
-def test_a_full_disk(script, whole, tmp_path, monkeypatch):
-    """The run ends with an error that says so; with room again, its last whole checkpoint is resumed."""
-    save = script.Report.save
-
-    def fill(report, update, tree):
-        if update == 4:
-            report.wait_for_checkpoint()
-            space = os.statvfs("runs")
-            os.posix_fallocate(ballast.fileno(), 0, space.f_bavail * space.f_bsize)
-        save(report, update, tree)
-
-    with small_disk(tmp_path / "runs", "64m"):
-        with monkeypatch.context() as patch:
-            patch.setattr(script.Report, "save", fill)
-            with open("runs/ballast", "wb") as ballast, pytest.raises(OSError, match="No space left on device"):
-                resume(script, **LONGER, start_fresh=True)
-        os.remove("runs/ballast")
-        resumed = resume(script, **LONGER)
-    assert resumed["resumed_at"] == [2]
-    assert resumed["params_sha256"] == whole(script, **LONGER)
-
-
 @pytest.mark.slow
 def test_sigterm_ends_after_the_update(script, launcher, uninterrupted):
     process = launcher.start(script, *FLAGS, *IT, "--no-concurrency", PYTHONUNBUFFERED="1")
@@ -361,30 +218,3 @@ def test_sigterm_ends_after_the_update(script, launcher, uninterrupted):
     assert json.loads((launcher.directory / "runs/it/summary.json").read_text())["status"] == "preempted"
     summary = launcher.run(script, *FLAGS, *IT, "--no-concurrency")
     assert summary["params_sha256"] == uninterrupted(script, "--no-concurrency")
-
-
-@conftest.one_fast
-def test_a_model_leaves_the_run(script, capsys):
-    """Its file alone gives back the flags, the bits and the very games that the summary and the log tell of."""
-    flags = TINY | dict(env_id="Asterix-v5", total_timesteps=64, save_model=True, eval_episodes=3)
-    summary = script.train(script.Args(**flags))
-    directory = Path("runs", summary["run_name"])
-    assert "model.msgpack, mean score of 3 games" in capsys.readouterr().out
-    args, network, params = script.load_model(directory / "model.msgpack")
-    assert args == script.Args(**flags)
-    assert script.params_sha256(params) == summary["params_sha256"]
-    scores = script.play_games(args, network, params, 3)
-    assert scores == summary["evaluation"]["scores"]
-    (event,) = EventAccumulator(str(directory)).Reload().Scalars("eval/episodic_return")
-    assert event.value == pytest.approx(np.mean(scores), rel=1e-6) == pytest.approx(summary["evaluation"]["mean"])
-
-
-@conftest.one_fast
-def test_evaluation_counts_the_first_game_of_every_environment(script, monkeypatch, counting_pool):
-    """Environment i plays games of 3 + i steps: the quick ones play several, and count once."""
-    pool = counting_pool(4)
-    monkeypatch.setattr(script, "make_env", lambda *args: pool)
-    network = type("Network", (), {"apply": lambda self, params, obs: (np.zeros((len(obs), 6)), np.zeros(len(obs)))})()
-    # rewards of an episode of n steps are 0 to n - 1; the game's own points are ten times that
-    assert script.play_games(script.Args(), network, {}, 4) == [30, 60, 100, 150]
-    assert len(pool.log) == 6

@@ -8,11 +8,9 @@ import sys
 import conftest
 import pytest
 import sync_siblings
-from sync_siblings import ROOT, SIBLINGS, SOURCE
+from sync_siblings import SIBLINGS, SOURCE
 
-ALLOWED = (
-    "envpool flax gymnasium huggingface_hub imageio jax numpy optax orbax rich tensorboard tqdm tyro wandb".split()
-)
+ALLOWED = "envpool flax jax numpy optax tensorboard tyro wandb".split()
 BUDGET = {"cleanba_ppo_envpool_impala_atari_wrapper": 60, "cleanba_impala_envpool": 280}
 CHANGED = {  # every default that differs from the PPO script's
     "cleanba_ppo_envpool_impala_atari_wrapper": {"local_num_envs": 60, "num_actor_threads": 1, "concurrency": True},
@@ -42,10 +40,6 @@ class TestSibling:
         diff = subprocess.run(["diff", SOURCE, sibling], capture_output=True, text=True).stdout.splitlines()
         changed = sum(line[0] in "<>" for line in diff)
         assert 0 < changed <= BUDGET[sibling.stem]
-        (row,) = [
-            row for row in (ROOT / "README.md").read_text().splitlines() if row.startswith(f"| `{sibling.name}` |")
-        ]
-        assert row.endswith(f"| {changed} |")
 
     def test_flags(self, sibling):
         ours, theirs = (conftest.load(path.stem).Args for path in (SOURCE, sibling))
@@ -75,7 +69,7 @@ def test_imports(script):
     modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     roots = {module.split(".")[0] for module in modules}
-    assert roots - set(sys.stdlib_module_names) <= set(ALLOWED)
+    assert roots - set(sys.stdlib_module_names) == set(ALLOWED)
 
 
 def test_functions_fit_a_screen_and_nest_at_most_twice(script):

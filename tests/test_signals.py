@@ -5,10 +5,12 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import conftest
 import pytest
 from conftest import wait_for_line
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TINY = ["--img-size", "16", "--channels", "4", "--local-num-envs", "4", "--num-actor-threads", "1", "--num-steps", "8"]
 TINY += ["--num-minibatches", "1", "--log-frequency", "1"]
@@ -170,3 +172,60 @@ def test_a_run_that_was_frozen_goes_on(script, launcher):
         wait_for_line(process, "steps/s,")
     process.kill()
     process.communicate()
+
+
+@conftest.one_fast
+def test_a_signal_ends_a_run(script, launcher, tmp_path):
+    """Ctrl-C and SIGTERM, each on a run of its own."""
+    processes = {}
+    for number, game in ((signal.SIGINT, "Breakout-v5"), (signal.SIGTERM, "Pong-v5")):
+        flags = [*conftest.SMALL, "--log-frequency", "1", "--env-id", game]
+        processes[number] = game, launcher.start(script, *flags, PYTHONUNBUFFERED="1")
+    for number, (game, process) in processes.items():
+        wait_for_line(process, "steps/s,")
+        start = time.monotonic()
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert time.monotonic() - start < 5
+        assert process.returncode == 128 + number, err
+        assert "Traceback" not in err
+        assert ("SIGTERM: the run ends after this update" in err) == (number == signal.SIGTERM)
+        (summary,) = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob(f"{game}*/summary.json")]
+        assert summary["status"] == {signal.SIGINT: "interrupted", signal.SIGTERM: "preempted"}[number]
+        assert summary["updates"] >= 1
+        assert out.splitlines()[-1] == f"params sha256: {summary['params_sha256']}"
+        events = EventAccumulator(str(tmp_path / "runs" / summary["run_name"])).Reload()
+        assert events.Scalars("charts/SPS")[-1].step == summary["global_step"]
+
+
+@conftest.one_fast
+def test_a_lost_ctrl_c_ends_the_run_after_the_update(script, monkeypatch):
+    """An exception that a signal raises inside a callback of the garbage collector is lost; the signal is not."""
+    update, heard = script.Report.update, set()
+    deaf = lambda report, *news: (update(report, *news), heard.add(signal.SIGINT))
+    monkeypatch.setattr(script.Report, "update", deaf)
+    flags = dict(img_size=16, channels=(4,), local_num_envs=4, num_actor_threads=1, num_steps=8, num_minibatches=1)
+    with pytest.raises(KeyboardInterrupt):
+        script.train(script.Args(**flags), heard)
+    (path,) = Path("runs").glob("*/summary.json")
+    summary = json.loads(path.read_text())
+    assert (summary["status"], summary["updates"]) == ("interrupted", 1)
+
+
+@pytest.mark.slow
+def test_a_second_sigterm_ends_at_once(script, launcher, tmp_path):
+    """In the middle of a rollout of minutes, with a summary."""
+    flags = [*conftest.SMALL, "--num-steps", "65536", "--total-timesteps", "10000000"]
+    process = launcher.start(script, *flags, PYTHONUNBUFFERED="1")
+    while not list((tmp_path / "runs").glob("*/run.json")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(3)  # into the first rollout
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr.readline().startswith("SIGTERM: the run ends after this update")
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == 143
+    (path,) = (tmp_path / "runs").glob("*/summary.json")
+    assert json.loads(path.read_text())["status"] == "preempted"

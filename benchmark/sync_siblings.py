@@ -1,7 +1,7 @@
 """Copy what the three scripts have in common from the PPO file outward.
 
-    python tests/sync_siblings.py          copy; then read `git diff`
-    python tests/sync_siblings.py --check  change nothing, exit with 1 if a copy is missing
+    python benchmark/sync_siblings.py          copy; then read `git diff`
+    python benchmark/sync_siblings.py --check  change nothing, exit with 1 if a copy is missing
 
 Shared are the header with the pins, the imports, and every section whose title carries [shared].
 """
