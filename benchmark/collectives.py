@@ -37,7 +37,11 @@ class Options:
 
 def measure(options: Options, n: int, port: int, rank: int) -> tuple[float, ...]:
     """One of n processes: bytes of a gradient, minibatches, bytes sent in all, seconds of reductions and of update."""
-    script, calls, seconds = load_script(options.script.resolve()), [], []
+    script = load_script(options.script.resolve())
+    make_sum_over_shards = script.make_sum_over_shards
+    make_update = script.make_update
+    calls = []
+    seconds = []
 
     def timed(function, *inputs):
         calls.clear()
@@ -46,14 +50,20 @@ def measure(options: Options, n: int, port: int, rank: int) -> tuple[float, ...]
         seconds.append(time.perf_counter() - start)
         return outputs
 
-    def recording_sum(devices, make=script.make_sum_over_shards):
-        total = make(devices)
-        return lambda parts: calls.append((total, parts)) or total(parts)
+    def make_recording_sum(devices):
+        sum_over_shards = make_sum_over_shards(devices)
 
-    loopback = Path("/sys/class/net/lo/statistics/tx_bytes")  # read while all wait for it: no gradient is on its way
-    bytes_sent = lambda: script.share("here") and script.share(int(loopback.read_text()))[0]
-    script.make_sum_over_shards = recording_sum
-    script.make_update = lambda *arguments, make=script.make_update: partial(timed, make(*arguments))
+        def recording_sum(parts):
+            calls.append((sum_over_shards, parts))
+            return sum_over_shards(parts)
+
+        return recording_sum
+
+    def make_timed_update(*setting):
+        return partial(timed, make_update(*setting))
+
+    script.make_sum_over_shards = make_recording_sum
+    script.make_update = make_timed_update
     size = dict(local_num_envs=options.envs // n, num_steps=16, total_timesteps=48 * options.envs, num_shards=8)
     place = dict(num_actor_threads=1, coordinator_address=f"127.0.0.1:{port}", num_processes=n, process_id=rank)
     os.dup2(2, 1)  # the table has the standard output for itself
@@ -62,17 +72,33 @@ def measure(options: Options, n: int, port: int, rank: int) -> tuple[float, ...]
             script.train(tyro.cli(script.Args, args=options.flags, default=script.Args(**size, **place)))
         except script.FlagError as error:
             sys.exit(f"error: {error}")
-    last, update, before = calls.copy(), seconds[-1], bytes_sent()
-    sizes = [sum(x.nbytes for x in jax.tree.leaves(parts[0])) for _, parts in last]
+    last_calls = calls.copy()
+    update = seconds[-1]
+
+    def repeat_sums():
+        for sum_over_shards, parts in last_calls:
+            jax.block_until_ready(sum_over_shards(parts))
+
+    before = bytes_sent(script)
     for _ in range(options.repeats):
-        timed(lambda: [jax.block_until_ready(total(parts)) for total, parts in last])
-    sent = (bytes_sent() - before) / options.repeats
+        timed(repeat_sums)
+    sent = (bytes_sent(script) - before) / options.repeats
     jax.distributed.shutdown()  # which a worker of a pool would leave out
-    return max(sizes), sizes.count(max(sizes)), sent, statistics.median(seconds[-options.repeats :]), update
+    sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(parts[0])) for _, parts in last_calls]
+    gradient = max(sizes)
+    return gradient, sizes.count(gradient), sent, statistics.median(seconds[-options.repeats :]), update
+
+
+def bytes_sent(script) -> int:
+    """What the loopback interface has sent, read while all processes wait for it: no gradient is on its way."""
+    loopback = Path("/sys/class/net/lo/statistics/tx_bytes")
+    script.share("here")
+    return script.share(int(loopback.read_text()))[0]
 
 
 def main() -> None:
-    options, os.environ["NPROC"] = tyro.cli(Options, description=__doc__), "4"
+    os.environ["NPROC"] = "4"
+    options = tyro.cli(Options, description=__doc__)
     print("| processes | gradient | minibatches | sent in all | of 2 (n - 1) gradients | time | share of update |")
     print("|-|-|-|-|-|-|-|")
     for n in options.processes:
@@ -81,9 +107,12 @@ def main() -> None:
         with ProcessPoolExecutor(n, multiprocessing.get_context("spawn")) as pool:
             runs = [pool.submit(measure, options, n, port, rank) for rank in range(n)]
         size, number, sent, seconds, update = runs[0].result()
-        multiple = f"{sent / number / size / (2 * n - 2):.3f}" if n > 1 else "none"
-        cells = [n, f"{size / 1e6:.2f} MB", number, f"{sent / 1e6:.1f} MB", multiple, f"{1e3 * seconds:.0f} ms"]
-        print("| " + " | ".join(map(str, [*cells, f"{seconds / update:.1%}"])) + " |", flush=True)
+        multiple = "none"
+        if n > 1:
+            multiple = f"{sent / number / size / (2 * n - 2):.3f}"
+        cells = [str(n), f"{size / 1e6:.2f} MB", str(number), f"{sent / 1e6:.1f} MB", multiple]
+        cells += [f"{1e3 * seconds:.0f} ms", f"{seconds / update:.1%}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,12 @@ import resource
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from io import StringIO
 from multiprocessing import get_context
@@ -37,9 +39,13 @@ import jax
 import tyro
 
 # what the run itself says of the time of a part
-INSIDE = {"playing": "rollout_time", "- environments": "env_time", "- forward passes": "inference_time"}
-INSIDE |= {"sending rollouts": "storage_time", "learning": "training_time", "**whole run**": "seconds"}
-over = lambda rows, mean: {name: mean([row[name] for row in rows]) for name in rows[0]}
+INSIDE = {
+    "playing": "rollout_time",
+    "- environments": "env_time",
+    "- forward passes": "inference_time",
+    "sending rollouts": "storage_time",
+    "learning": "training_time",
+}
 
 
 @dataclass(frozen=True)
@@ -55,112 +61,207 @@ class Options:
     json: Path | None = None  # write all figures to this file
 
 
-def make_shard_data(script, args, sizes, devices, rollouts, keys, total) -> list:
-    """What `piece_gradient` takes of each shard, as the scripts' `make_update` makes it."""
-    on = [shard.learner for shard in devices.shards]
-    numbers = [shard.number for shard in devices.shards]
-    if not hasattr(script, "compute_gae"):  # IMPALA
-        order = [script.shuffle(args, sizes.shard_envs, keys[d], i) for d, i in zip(on, numbers, strict=True)]
-        return [script.ShardData(*columns) for columns in zip(rollouts, order, numbers, strict=True)]
-    order = [script.shuffle(args, sizes.shard_envs, keys[d], 0, i) for d, i in zip(on, numbers, strict=True)]
-    estimates = [script.compute_gae(rollout, args.gamma, args.gae_lambda) for rollout in rollouts]
-    sums = total([script.minibatch_sums(*pair) for pair in zip(estimates, order, strict=True)])
-    sums = [sums[d] for d in on]
-    squares = total([script.minibatch_squares(*triple) for triple in zip(estimates, order, sums, strict=True)])
-    squares = [squares[d] for d in on]
-    return [script.ShardData(*columns) for columns in zip(rollouts, estimates, order, sums, squares, strict=True)]
-
-
 def make_parts(script, args, sizes, devices) -> dict[str, Callable]:
     """Functions that each do all that an update has of a part, and wait for it, on rollouts that are played here."""
-    network, key, n = script.make_network(args), jax.random.key(args.seed), args.local_num_envs
-    params = jax.jit(network.init)(key, script.np.zeros((1, *script.env_spec(args)[0])))
-    state = script.TrainState.create(apply_fn=network.apply, params=params, tx=script.make_optimizer(args, sizes)[0])
-    states, keys = ([jax.device_put(x, device) for device in devices.learners] for x in (state, key))
-    act, last = policy = script.make_policy(network)
-    threads = args.env_threads or max(1, script.num_cores() // sizes.actors)
-    seeds = lambda i: script.env_seeds(args.seed, 0, i * n, n)
-    envs = [script.Envs(script.make_env(args, seeds(i), threads)) for i in devices.actors]
-    inputs = [jax.device_put((params, key), device) for device in devices.actors.values()]
-    play = lambda i: script.collect(envs[i], policy, *inputs[i], args.num_steps, script.Counter())
-    step = lambda i: [envs[i].step(action) for action in played[i].behaviour.action]
-    rows = lambda i: (act(inputs[i][0], obs, inputs[i][1], t) for t, obs in enumerate(played[i].obs[:-1]))
-    forward = lambda i: [*map(jax.device_get, rows(i)), jax.device_get(last(inputs[i][0], played[i].obs[-1], key))]
-    send = lambda i: jax.block_until_ready(script.ship(played[i], i * n, sizes.shard_envs, devices))
-    played = [play(i) for i in devices.actors]
-    rollouts = script.assemble(deliveries := [script.Delivery(0, send(i), [], {}) for i in devices.actors])
-    update, total = script.make_update(args, network, devices, sizes), script.make_sum_over_shards(devices)
-    on = [shard.learner for shard in devices.shards]
-    shard_data = make_shard_data(script, args, sizes, devices, rollouts, keys, total)
-    gradient = jax.jit(script.partial(script.piece_gradient, network, args))
-    piece = lambda *at: [gradient(states[d].params, data, *at) for d, data in zip(on, shard_data, strict=True)]
-    gradients = lambda m: [piece(m, i) for i in range(args.gradient_accumulation_steps)]
-    optimizer, terms = jax.jit(lambda state, grads: state.apply_gradients(grads=grads)), piece(0, 0)
-    grads = [grads for grads, _ in total(terms)]
-    minibatches = [*range(args.num_minibatches)] * getattr(args, "update_epochs", 1)
-    pool, handoff = ThreadPoolExecutor(sizes.actors), script.HandOff(devices.actors, args.concurrency)
-    at_once = lambda work: list(pool.map(work, devices.actors))
-    each = lambda work: [jax.block_until_ready(work(m)) for m in minibatches]
+    network = script.make_network(args)
+    optimizer, _ = script.make_optimizer(args, sizes)
+    _, state, params = script.start_or_restore(args, network, optimizer, jax.random.key(args.seed), b"")
+    parts = make_actor_parts(script, args, sizes, devices, network, params)
+    pieces = parts["sending rollouts"]()
+    return parts | make_learner_parts(script, args, sizes, devices, network, state, pieces)
+
+
+def make_actor_parts(script, args, sizes, devices, network, params) -> dict[str, Callable]:
+    """What the actors do, each part by all of them at once."""
+    policy = script.make_policy(network)
+    act, last = policy
+    key = jax.random.key(args.seed)
+    env_threads = args.env_threads or max(1, script.num_cores() // sizes.actors)
+    pool = ThreadPoolExecutor(sizes.actors)
+    envs = {}
+    inputs = {}
+    rollouts = {}
+
+    def play(actor):
+        return script.collect(envs[actor], policy, *inputs[actor], args.num_steps, Counter())
+
+    def step(actor):
+        return [envs[actor].step(action) for action in rollouts[actor].behaviour.action]
+
+    def forward(actor):
+        params, key = inputs[actor]
+        *before, end = rollouts[actor].obs
+        outputs = [jax.device_get(act(params, obs, key, t)) for t, obs in enumerate(before)]
+        outputs.append(jax.device_get(last(params, end, key)))
+        return outputs
+
+    def send(actor):
+        pieces = script.ship(rollouts[actor], actor * args.local_num_envs, sizes.shard_envs, devices)
+        return jax.block_until_ready(pieces)
+
+    def at_once(work):
+        return [*pool.map(work, devices.actors)]
+
+    for actor, device in devices.actors.items():
+        seeds = script.env_seeds(args.seed, 0, actor * args.local_num_envs, args.local_num_envs)
+        envs[actor] = script.Envs(script.make_env(args, seeds, env_threads))
+        inputs[actor] = jax.device_put((params, key), device)
+        rollouts[actor] = play(actor)
     return {
-        "playing": lambda: at_once(play),
-        "- environments": lambda: at_once(step),
-        "- forward passes": lambda: at_once(forward),
-        "sending rollouts": lambda: at_once(send),
-        "learning": lambda: jax.block_until_ready(update(states, script.assemble(deliveries), keys[0])),
-        "- gradients": lambda: each(gradients),
-        "- sums over shards": lambda: each(lambda _: total(terms)),
-        "- optimizer": lambda: each(lambda _: [*map(optimizer, states, grads)]),
-        "sending parameters": lambda: (handoff.give_params(0, params), [*map(handoff.take_params, devices.actors)]),
+        "playing": partial(at_once, play),
+        "- environments": partial(at_once, step),
+        "- forward passes": partial(at_once, forward),
+        "sending rollouts": partial(at_once, send),
     }
+
+
+def make_learner_parts(script, args, sizes, devices, network, state, pieces) -> dict[str, Callable]:
+    """What the learner does with the pieces that each actor sent. Parts of learning repeat what an update called."""
+    states = [jax.device_put(state, device) for device in devices.learners]
+    deliveries = [script.Delivery(0, sent, [], {}) for sent in pieces]
+    key = jax.random.key(args.seed)
+    handoff = script.HandOff(devices.actors, args.concurrency)
+    calls = []
+
+    def learn(update):
+        return jax.block_until_ready(update(states, script.assemble(deliveries), key))
+
+    learn(make_recording_update(script, args, sizes, devices, network, calls))
+    minibatches = split_by_minibatch(calls)
+
+    def repeat(name):
+        outputs = []
+        for programs in minibatches:
+            outputs.append(jax.block_until_ready([program() for program in programs[name]]))
+        return outputs
+
+    def send():
+        handoff.give_params(0, states[0].params)
+        for actor in devices.actors:
+            handoff.take_params(actor)
+
+    return {
+        "learning": partial(learn, script.make_update(args, network, devices, sizes)),
+        "- gradients": partial(repeat, "piece_gradient"),
+        "- sums over shards": partial(repeat, "sum_over_shards"),
+        "- optimizer": partial(repeat, "apply_gradient"),
+        "sending parameters": send,
+    }
+
+
+def make_recording_update(script, args, sizes, devices, network, calls):
+    """The script's update, which adds to `calls` what it calls: the name of a program, and a function to repeat it."""
+    jit = jax.jit
+
+    def recording(name, program):
+        def run(*inputs):
+            calls.append((name, partial(program, *inputs)))
+            return program(*inputs)
+
+        return run
+
+    def recording_jit(function):
+        name = getattr(function, "func", function).__name__  # a partial has none, but what it calls has
+        return recording(name, jit(function))
+
+    sum_over_shards = recording("sum_over_shards", script.make_sum_over_shards(devices))
+    recording_sum = patch.object(script, "make_sum_over_shards", lambda devices: sum_over_shards)
+    with recording_sum, patch.object(jax, "jit", recording_jit):
+        return script.make_update(args, network, devices, sizes)
+
+
+def split_by_minibatch(calls) -> list[dict[str, list[Callable]]]:
+    """The calls of each minibatch, by name: up to the optimizer's, and with what comes before an epoch's first one."""
+    minibatches = []
+    previous = "apply_gradient"
+    for name, program in calls:
+        if previous == "apply_gradient" and name != previous:
+            minibatches.append({})
+        minibatches[-1].setdefault(name, []).append(program)
+        previous = name
+    return minibatches
 
 
 def limit(parts: dict[str, float], concurrency: bool, cpu: bool, same_device: bool) -> tuple[float, str]:
     """Seconds that an update needs at least, and what sets them. same_device: that of an actor and the learner."""
-    playing, learning = parts["playing"] + parts["sending rollouts"], parts["learning"] + parts["sending parameters"]
-    if cpu or not concurrency:
-        return playing + learning, "actors and learner share the cores" if cpu else "actors and learner take turns"
-    learner = f"the {'device that learner and actors share' if same_device else 'learner'} is slower"
-    return max((playing, "the actors are slower"), (learning + same_device * parts["- forward passes"], learner))
+    playing = parts["playing"] + parts["sending rollouts"]
+    learning = parts["learning"] + parts["sending parameters"]
+    if cpu:
+        return playing + learning, "actors and learner share the cores"
+    if not concurrency:
+        return playing + learning, "actors and learner take turns"
+    slower = "learner"
+    if same_device:
+        learning += parts["- forward passes"]
+        slower = "device that learner and actors share"
+    if playing > learning:
+        return playing, "the actors are slower"
+    return learning, f"the {slower} is slower"
+
+
+def combine(rows: list[dict[str, float]], mean: Callable) -> dict[str, float]:
+    """The mean of every column."""
+    return {name: mean([row[name] for row in rows]) for name in rows[0]}
 
 
 def take_turns(script, args, parts: dict[str, Callable], minutes: float, trace: Path | None = None) -> list[dict]:
     """Rounds of the run and the parts, or one of the run alone, all in seconds of an update."""
-    rounds, rows, signals_received, deadline = [], [], set(), default_timer() + 60 * minutes
-    length = min(5, 12 * minutes) if parts else 60 * minutes
+    deadline = default_timer() + 60 * minutes
+    length = min(5, 12 * minutes) if parts else 60 * minutes  # of a round of the run
+    rounds = []
+    rows = []  # of the updates since the last round
+    signals_received = set()
 
     class HandOff(script.HandOff):
         def get_rollouts(self, update):
             begin = default_timer()
-            deliveries, end = super().get_rollouts(update), default_timer()
-            rows.append(over([x.seconds for x in deliveries], fmean) | {"wait": end - begin, "seconds": end})
-            if trace and len(rows) in (3, 6):
-                jax.profiler.start_trace(trace) if len(rows) == 3 else jax.profiler.stop_trace()
-            if len(rows) >= 6 and end - rows[2]["seconds"] >= length:  # three compile, or were played in a pause
-                run = over(rows[3:], fmean) | {"seconds": (end - rows[2]["seconds"]) / (len(rows) - 3)}
-                run["training_time"] = run["seconds"] - run["wait"]
-                rows.clear()
-                while any(rollouts.qsize() < self.concurrency for rollouts in self.rollouts.values()):
-                    time.sleep(1e-3)  # an actor plays
-                rounds.append({"run": run, "parts": {name: timeit(part, number=1) for name, part in parts.items()}})
-                print(f"{'profile' if trace else 'round'}: {run['seconds']:.3f} s an update", file=sys.stderr)
-                if default_timer() > deadline:
-                    signals_received.add(signal.SIGTERM)  # the run ends after this update
+            deliveries = super().get_rollouts(update)
+            end = default_timer()
+            row = combine([delivery.seconds for delivery in deliveries], fmean)
+            rows.append(row | {"wait": end - begin})
+            updates = len(rows) - 3  # three compile, or were played in a pause
+            if updates == 0:
+                self.start = end
+                if trace:
+                    jax.profiler.start_trace(trace)
+            if trace and updates == 3:
+                jax.profiler.stop_trace()
+            if updates >= 3 and end - self.start >= length:
+                self.end_round((end - self.start) / updates)
             return deliveries
+
+        def end_round(self, seconds):
+            run = combine(rows[3:], fmean)
+            run["seconds"] = seconds
+            run["training_time"] = seconds - run["wait"]
+            rows.clear()
+            while any(rollouts.qsize() < self.concurrency for rollouts in self.rollouts.values()):
+                time.sleep(1e-3)  # an actor plays
+            alone = {name: timeit(part, number=1) for name, part in parts.items()}
+            rounds.append({"run": run, "parts": alone})
+            what = "profile" if trace else "round"
+            print(f"{what}: {seconds:.3f} s an update", file=sys.stderr)
+            if default_timer() > deadline:
+                signals_received.add(signal.SIGTERM)  # the run ends after this update
 
     with TemporaryDirectory() as place, redirect_stdout(StringIO()), patch.object(script, "HandOff", HandOff):
         script.train(replace(args, resume=f"{place}/run", start_fresh=True), signals_received)
     return rounds
 
 
-def measure(options: Options) -> dict[str, Any]:
-    """All figures of one setting. Exits where the script's flags cannot work."""
+def load(options: Options):
+    """The script, and its flags."""
     sys.path.insert(0, str(options.script.resolve().parent))
     script = import_module(options.script.stem)
     args = tyro.cli(script.Args, args=options.flags, prog=f"{options.script.name} --")
-    args = replace(args, total_timesteps=2**31 - 1, track=False, save_model=False, resume=None)
-    count = 1 + max((*args.actor_device_ids, *args.learner_device_ids), default=0)
-    mine = f"--xla_gpu_deterministic_ops=true --xla_force_host_platform_device_count={count}"  # the first as in `main`
-    os.environ["XLA_FLAGS"] = f"{mine} {os.environ.get('XLA_FLAGS', '')}"
+    return script, replace(args, total_timesteps=2**31 - 1, track=False, save_model=False, resume=None)
+
+
+def set_up(script, args):
+    """Sizes and devices. Exits where the flags cannot work."""
+    count = 1 + max(args.actor_device_ids + args.learner_device_ids, default=0)
+    flags = f"--xla_gpu_deterministic_ops=true --xla_force_host_platform_device_count={count}"  # the first as in `main`
+    os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
     rule = "one process is measured here, and benchmark/collectives.py measures many"
     try:
         for flag in ("coordinator_address", "distributed", "num_processes", "process_id"):
@@ -169,49 +270,92 @@ def measure(options: Options) -> dict[str, Any]:
             sizes, devices, _ = script.set_up(args)
     except script.FlagError as error:
         sys.exit(f"error: {error}")
-    parts, learners = make_parts(script, args, sizes, devices) if options.parts else {}, devices.learners
-    [part() for part in parts.values()]  # compiles
+    return sizes, devices
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """All figures of one setting."""
+    script, args = load(options)
+    sizes, devices = set_up(script, args)
+    learners = devices.learners
+    parts = make_parts(script, args, sizes, devices) if options.parts else {}
+    for part in parts.values():
+        part()  # compiles
     rounds = take_turns(script, args, parts, options.minutes)
-    run, parts = (over([r[name] for r in rounds], median) for name in ("run", "parts"))
     figures = {"device": learners[0].device_kind, "cores": script.num_cores(), "steps": sizes.steps, "rounds": rounds}
-    figures |= {"run": run, "parts": parts, "memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
-    figures["device_memory"] = max((x.memory_stats() or {}).get("peak_bytes_in_use", 0) for x in learners) or None
+    for name in ("run", "parts"):
+        figures[name] = combine([measured[name] for measured in rounds], median)
+    figures["memory"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in learners]
+    figures["device_memory"] = max(peaks) or None
     if parts:
-        where = learners[0].platform == "cpu", any(device in learners for device in devices.actors.values())
-        figures["limit"], figures["reason"] = limit(parts, args.concurrency, *where)
-        figures["ratios"] = [limit(r["parts"], args.concurrency, *where)[0] / r["run"]["seconds"] for r in rounds]
+        cpu = learners[0].platform == "cpu"
+        same_device = any(device in learners for device in devices.actors.values())
+        setting = (args.concurrency, cpu, same_device)
+        figures["limit"], figures["reason"] = limit(figures["parts"], *setting)
+        figures["ratios"] = []
+        for measured in rounds:
+            seconds, _ = limit(measured["parts"], *setting)
+            figures["ratios"].append(seconds / measured["run"]["seconds"])
     if options.trace:
         take_turns(script, args, {}, 0, options.trace)
     return figures
 
 
-def table(f: dict[str, Any]) -> str:
+def milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1e3 * seconds:,.1f}"
+
+
+def table(figures: dict[str, Any]) -> str:
     """Parts, limit and run as Markdown, and a line that says how they compare."""
-    steps, run, ratios, seconds = f["steps"], f["run"], f["ratios"], f["run"]["seconds"]
+    steps = figures["steps"]
+    run = figures["run"]
+    seconds = run["seconds"]
     lines = [f"| an update of {steps} steps | alone, ms | steps/s | in the run, ms |", "|-|-:|-:|-:|"]
-    for name, alone in (f["parts"] | {"**limit**": f["limit"], "**whole run**": None}).items():
-        ms = ["" if x is None else f"{1e3 * x:,.1f}" for x in (alone, run.get(INSIDE.get(name)))]
-        lines.append(f"| {name} | {ms[0]} | {steps / (alone or seconds):,.0f} | {ms[1]} |")
-    pace = f"{steps / seconds:,.1f} steps/s, the parts allow {steps / f['limit']:,.1f} ({f['reason']})"
-    ratio = f"ratio {median(ratios):.3f} ({len(ratios)} rounds, {min(ratios):.3f} to {max(ratios):.3f})"
-    learner, actors = run["wait"] / seconds, run["params_queue_get_time"] / seconds
+    rows = figures["parts"] | {"**limit**": figures["limit"]}
+    for name, alone in rows.items():
+        inside = run.get(INSIDE.get(name))
+        lines.append(f"| {name} | {milliseconds(alone)} | {steps / alone:,.0f} | {milliseconds(inside)} |")
+    lines.append(f"| **whole run** |  | {steps / seconds:,.0f} | {milliseconds(seconds)} |")
+
+    allowed = f"the parts allow {steps / figures['limit']:,.1f} ({figures['reason']})"
+    ratios = figures["ratios"]
+    spread = f"{len(ratios)} rounds, {min(ratios):.3f} to {max(ratios):.3f}"
+    learner = run["wait"] / seconds
+    actors = run["params_queue_get_time"] / seconds
     waits = f"the learner waits {learner:.0%} of the time for rollouts, the actors {actors:.0%} for parameters"
-    return "\n".join([*lines, "", f"{pace}, {ratio}; {waits}"])
+    gist = f"{steps / seconds:,.1f} steps/s, {allowed}, ratio {median(ratios):.3f} ({spread}); {waits}"
+    return "\n".join([*lines, "", gist])
 
 
 def scale(options: Options, points: list[tuple[str, ...]]) -> list[dict[str, Any]]:
     """Measure every point, flags of the script, in a process of its own, since memory peaks are per process."""
-    results, minutes = [], options.minutes / len(points)
+    results = []
+    each = replace(options, parts=False, minutes=options.minutes / len(points))
     print("| | steps/s | memory, MB | device memory, MB |\n|-|-:|-:|-:|", flush=True)
     for point in points:
-        own = replace(options, parts=False, minutes=minutes, flags=(*options.flags, *point))
+        own = replace(each, flags=(*options.flags, *point))
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            error = (future := process.submit(measure, own)).exception()
-        results.append({"setting": point} | ({"error": str(error)} if error else future.result()))
-        shown = lambda f: (f["steps"] / f["run"]["seconds"], f["memory"] / 1e6, (f["device_memory"] or 0) / 1e6)
-        row = [str(error), "", ""] if error else [f"{x:,.1f}" if x else "" for x in shown(results[-1])]
-        print(f"| {' '.join(point)} | {' | '.join(row)} |", flush=True)
+            future = process.submit(measure, own)
+        error = future.exception()
+        if error:
+            result = {"error": str(error)}
+            cells = f"{error} |  | "
+        else:
+            result = future.result()
+            cells = scale_cells(result)
+        results.append({"setting": point} | result)
+        print(f"| {' '.join(point)} | {cells} |", flush=True)
     return results
+
+
+def scale_cells(figures: dict[str, Any]) -> str:
+    pace = figures["steps"] / figures["run"]["seconds"]
+    memory = figures["memory"] / 1e6
+    device_memory = ""
+    if figures["device_memory"]:
+        device_memory = f"{figures['device_memory'] / 1e6:,.1f}"
+    return f"{pace:,.1f} | {memory:,.1f} | {device_memory}"
 
 
 def main() -> None:
@@ -220,7 +364,10 @@ def main() -> None:
     points += [("--num-steps", str(n)) for n in options.scale_steps]
     points += [("--learner-device-ids", *map(str, range(n))) for n in options.scale_learners]
     figures = {"script": options.script.name, "flags": options.flags}
-    figures |= {"points": scale(options, points)} if points else measure(options)
+    if points:
+        figures["points"] = scale(options, points)
+    else:
+        figures |= measure(options)
     if figures.get("parts"):
         print(table(figures))
     if options.json:

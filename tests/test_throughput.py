@@ -92,7 +92,8 @@ def test_parts_are_those_of_an_update(script, monkeypatch):
     make_parts = lambda args: throughput.make_parts(script, args, *script.set_up(args)[:2])
     epochs = {"update_epochs": 1} if hasattr(few, "update_epochs") else {}
     parts = make_parts(replace(few, num_minibatches=1, gradient_accumulation_steps=1, **epochs))
-    (learned, _), (stepped,) = parts["learning"](), parts["- optimizer"]()
+    (learned, _), (steps,) = parts["learning"](), parts["- optimizer"]()
+    stepped = [state for state, _ in steps]  # and the norm of the gradient
     assert [jax.tree.leaves(state.params)[0].devices() for state in stepped] == [{d} for d in jax.local_devices()[1:3]]
     for one, other in zip(learned, stepped, strict=True):
         close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-3 * few.learning_rate)
@@ -100,9 +101,13 @@ def test_parts_are_those_of_an_update(script, monkeypatch):
 
     parts = make_parts(replace(few, num_minibatches=2, gradient_accumulation_steps=2))
     minibatches = 2 * getattr(few, "update_epochs", 1)
-    gradients = parts["- gradients"]()  # one of every shard, of every piece of every minibatch
-    assert [[len(piece) for piece in minibatch] for minibatch in gradients] == [[few.num_shards] * 2] * minibatches
-    assert len(parts["- sums over shards"]()) == len(parts["- optimizer"]()) == minibatches
+    gradients = parts["- gradients"]()  # of every shard, and of every piece: all are distinct
+    distinct = [{script.params_sha256(part) for part in minibatch} for minibatch in gradients]
+    assert [*map(len, gradients)] == [*map(len, distinct)] == [few.num_shards * 2] * minibatches
+    sums, steps = parts["- sums over shards"](), parts["- optimizer"]()
+    assert len(sums) == len(steps) == minibatches
+    assert sum(map(len, sums)) == minibatches + 2 * getattr(few, "update_epochs", 0)  # PPO's statistics of an epoch
+    assert [*map(len, steps)] == [2] * minibatches  # one on every learner device
     assert [len(actor) for actor in parts["- environments"]()] == [8, 8]  # steps
     assert [len(actor) for actor in parts["- forward passes"]()] == [9, 9]  # and what follows the last step
     assert [rollout.reward.shape for rollout in parts["playing"]()] == [(8, 8)] * 2
