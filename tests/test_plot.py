@@ -281,6 +281,16 @@ def test_pictures_grow_with_the_games(run_plot, figures):
         assert png_size("plots/scores.png")[0] == 1320
 
 
+def test_a_long_legend_takes_no_room_from_the_curves(run_plot, figures):
+    for exp in "abcdefgh":
+        finished([(500, 5.0, 1.0, 1), (1000, 10.0, 2.0, 1)], 2.0, exp=exp)
+    run_plot("runs/*__a__*", "--reference", "none")
+    run_plot("runs", "--reference", "none")
+    _, one, _, _, many, _ = figures
+    height = lambda figure: figure.axes[0].get_position().height * figure.get_figheight()
+    assert height(many) == pytest.approx(height(one), rel=0.1)
+
+
 def test_errors_name_the_flag_and_what_works(run_plot, capsys):
     finished([(1000, 10.0, 5.0, 1)], 5.0)
     EventFileWriter("runs/empty").close()
