@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,74 +25,9 @@ import pandas as pd
 import tyro
 from common import markdown
 from scipy import stats
+from tiny_game import FLAGS, TUNED, Catch, env_spec
 from tqdm import tqdm
 
-SIZE = 8  # of the board, and of the observation
-DOOR = 1.5  # points for leaving: less than chance scores in 100 steps, more than a good player on average in 16
-
-
-class Catch:
-    """Stands in for an EnvPool pool. A block falls from a random column; a paddle moves left, stays or moves right.
-
-    Catching it scores 1, missing 0; either ends the episode. Every block can be caught; chance catches one in eight.
-
-    height: rows that the block falls through. delay: steps from the landing to its point, and wait: from there to the
-    end, in which nothing moves.
-    limit: with it a new block comes instead of the end, and the episode is cut after so many steps. There is then a
-    door too: moving left from the leftmost column ends the episode and scores DOOR.
-    """
-
-    def __init__(self, seeds: list[int], height: int = SIZE, delay: int = 0, wait: int = 0, limit: int = 0):
-        self.height, self.delay, self.wait, self.limit = height, delay, wait, limit
-        self.generators = [np.random.default_rng(seed % 2**32) for seed in seeds]
-        self.env = np.arange(len(seeds))
-        self.score, self.scores = np.zeros(len(seeds)), []  # of whole games
-
-    def drop(self, which: np.ndarray, place_paddle: bool) -> None:
-        """Let new blocks fall in the environments `which`, bool[B], and place the paddle within reach."""
-        for i in np.flatnonzero(which):
-            self.column[i], self.row[i], self.waited[i] = self.generators[i].integers(SIZE), SIZE - self.height, 0
-            if place_paddle:
-                low, high = self.column[i] - self.height + 1, self.column[i] + self.height
-                self.paddle[i] = self.generators[i].integers(max(0, low), min(SIZE, high))
-                self.age[i] = 0
-
-    def observe(self) -> np.ndarray:
-        obs = np.zeros((len(self.env), 4, SIZE, SIZE), np.uint8)
-        obs[self.env, 3, self.row, self.column] = 255
-        obs[self.env, 3, SIZE - 1, self.paddle] = 255
-        return obs
-
-    def reset(self):
-        self.column, self.paddle, self.row, self.waited, self.age = np.zeros((5, len(self.env)), int)
-        self.over = np.zeros(len(self.env), bool)
-        self.drop(~self.over, True)
-        return self.observe(), {}
-
-    def step(self, action: np.ndarray):
-        """Like EnvPool's: after an episode's end the action is ignored, and a new episode begins."""
-        wasted, falls = self.over, self.row < SIZE - 1
-        leaves = ~wasted & (self.limit > 0) & (self.paddle == 0) & (action == 0)
-        self.paddle = np.where(wasted | ~falls, self.paddle, np.clip(self.paddle + action - 1, 0, SIZE - 1))
-        self.row = np.where(wasted | ~falls, self.row, self.row + 1)
-        self.waited = np.where(wasted | falls, self.waited, self.waited + 1)
-        self.age = self.age + ~wasted
-        down = ~wasted & (self.row == SIZE - 1)
-        landed, ends = down & (self.waited == self.delay), down & (self.waited == self.delay + self.wait)
-        reward = np.where(leaves, DOOR, landed & (self.paddle == self.column)).astype(np.float32)
-        terminated = leaves if self.limit else ends
-        truncated = ~terminated & ~wasted & (self.limit > 0) & (self.age == self.limit)
-        self.over = terminated | truncated
-        self.score += reward
-        self.scores += self.score[self.over].tolist()
-        self.score[self.over] = 0
-        self.drop(wasted, True)
-        self.drop(landed & ~self.over & (self.limit > 0), False)
-        info = {"reward": reward, "terminated": terminated.astype(np.int32)}
-        return self.observe(), reward, terminated, truncated, info
-
-
-# === The ablations ====================================================================================================
 STEP = "        return reward, terminated\n"
 LATE = """\
         late, self.late = getattr(self, "late", np.zeros_like(reward)), reward
@@ -115,8 +50,8 @@ UNMASKED = {  # texts that only one of the algorithms has
 
 
 # name: what is taken out; variant: of the game, in words; game: options of Catch; patches: {text: what it becomes}, for
-# the texts that the script has; flags: with and without
-Ablation = namedtuple("Ablation", "name variant game patches flags", defaults=[({}, {})])
+# the texts that the script has; flags: that take it out
+Ablation = namedtuple("Ablation", "name variant game patches flags", defaults=[{}])
 ABLATIONS = [
     Ablation("reset rows are masked", "every third row is a reset row", dict(height=3), UNMASKED),
     Ablation("rewards are aligned", "the point comes at the end", {}, {STEP: LATE}),
@@ -124,10 +59,8 @@ ABLATIONS = [
     Ablation("rewards are aligned", "the point comes 3 steps before the end", dict(wait=3), {STEP: LATE}),
     Ablation("rewards, ends and reset rows are aligned", "the point comes at the end", {}, {STEP: ALL_LATE}),
     Ablation("time limits are bootstrapped", DOORS, dict(limit=16), {STEP: ENDED}),
-    Ablation("lag 0, not 1", "the point comes at the end", {}, {}, ({"concurrency": False}, {"concurrency": True})),
+    Ablation("lag 0, not 1", "the point comes at the end", {}, {}, dict(concurrency=True)),
 ]
-FLAGS = dict(img_size=SIZE, channels=(16,), hiddens=(64,), local_num_envs=16, num_actor_threads=2, num_steps=32)
-TUNED = {True: dict(learning_rate=2e-3), False: dict(learning_rate=2e-2)}  # PPO; IMPALA
 
 
 def load(path: Path, patches: dict[str, str]) -> ModuleType:
@@ -138,43 +71,73 @@ def load(path: Path, patches: dict[str, str]) -> ModuleType:
     for old, new in patches.items():
         text = text.replace(old, new)
     module = ModuleType(path.stem)
-    module.__file__, sys.modules[path.stem] = str(path), module  # dataclasses look their module up
+    module.__file__ = str(path)
+    sys.modules[path.stem] = module  # dataclasses look their module up
     exec(compile(text, str(path), "exec"), module.__dict__)
     return module
 
 
 def play_unlimited(script: ModuleType, args: Any, params: Any, game: dict[str, int]) -> float:
     """Mean points that sampled actions score in 200 steps of 64 games without a time limit, until each ends."""
-    network, pool = script.make_network(args), Catch(list(range(64)), **game)
-    act = jax.jit(lambda p, obs, key: jax.random.categorical(key, network.apply(p, obs)[0]))
-    (obs, _), points, alive = pool.reset(), np.zeros(64), np.ones(64, bool)
+    network = script.make_network(args)
+
+    @jax.jit
+    def act(params, obs, key):
+        logits, _ = network.apply(params, obs)
+        return jax.random.categorical(key, logits)
+
+    pool = Catch(list(range(64)), **game | dict(limit=10**9))
+    obs, _ = pool.reset()
+    points = np.zeros(64)
+    alive = np.ones(64, bool)
     for t in range(200):
-        obs, reward, terminated, _, _ = pool.step(np.asarray(act(params, obs, jax.random.key(1000 * args.seed + t))))
-        points += alive * reward
+        key = jax.random.key(1000 * args.seed + t)
+        action = np.asarray(act(params, obs, key))
+        obs, reward, terminated, _, _ = pool.step(action)
+        points[alive] += reward[alive]
         alive &= ~terminated
-    return float(points.mean())
+    return points.mean()
+
+
+def isolate() -> None:
+    """Let this process, a worker, write to a folder of its own and print nothing."""
+    os.chdir(tempfile.mkdtemp(prefix="cleanba-ablation-"))
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def run(job: tuple[Path, int, bool, int, int]) -> dict[str, Any]:
     """One run; job: (script, index of the ablation, whether the fix is in, seed, steps)."""
     path, index, fixed, seed, steps = job
-    ablation, pools, params = ABLATIONS[index], [], []
+    ablation = ABLATIONS[index]
     script = load(path, {} if fixed else ablation.patches)
-    script.env_spec = lambda args: ((4, SIZE, SIZE), 3)
-    script.make_env = lambda args, seeds, threads: pools.append(Catch(seeds, **ablation.game)) or pools[-1]
-    end = script.Report.end  # whose arguments are status, network, parameters, signals_received
-    script.Report.end = lambda report, *last: params.append(last[2]) or end(report, *last)
-    tuned = TUNED[hasattr(script, "ppo_loss")] | ablation.flags[not fixed]
-    args = script.Args(**FLAGS, **tuned, seed=seed, total_timesteps=steps, log_frequency=10**6)
-    os.chdir(tempfile.mkdtemp(prefix="cleanba-ablation-"))
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (of a worker process)
+    pools = []
+    reports = []
+
+    def make_env(args, seeds, num_threads):
+        pools.append(Catch(seeds, **ablation.game))
+        return pools[-1]
+
+    class Report(script.Report):
+        def begin(self):
+            reports.append(self)
+            super().begin()
+
+    script.env_spec = env_spec
+    script.make_env = make_env
+    script.Report = Report
+    flags = FLAGS | TUNED[hasattr(script, "ppo_loss")]
+    if not fixed:
+        flags |= ablation.flags
+    args = script.Args(**flags, seed=seed, total_timesteps=steps, log_frequency=10**6)
+    isolate()
     script.train(args)
-    last = [pool.scores[-len(pool.scores) // 5 :] for pool in pools]
-    points = float(np.mean(np.concatenate(last)))
+    last_scores = [pool.scores[-len(pool.scores) // 5 :] for pool in pools]
+    score = np.concatenate(last_scores).mean()
     if "limit" in ablation.game:
-        points = play_unlimited(script, args, params[0], ablation.game | dict(limit=10**9))
+        score = play_unlimited(script, args, reports[0].params, ablation.game)
+    score_of_all_games = np.concatenate([pool.scores for pool in pools]).mean()
     row = dict(script=path.stem, fix=ablation.name, game=ablation.variant, fixed=fixed, seed=seed, steps=steps)
-    return row | dict(score=points, score_of_all_games=float(np.mean(np.concatenate([pool.scores for pool in pools]))))
+    return row | dict(score=score, score_of_all_games=score_of_all_games)
 
 
 @dataclass(frozen=True)
@@ -182,7 +145,7 @@ class Options:
     scripts: tyro.conf.Positional[tuple[Path, ...]]  # scripts to take apart
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # seeds of both arms
     steps: int = 60_000  # environment steps of a run
-    only: Annotated[tuple[int, ...], tyro.conf.arg(help="numbers of ablations, from 0; none are all")] = ()
+    only: tuple[int, ...] = ()  # numbers of ablations, from 0; none are all
     workers: int = 2  # runs at a time
     out: Path | None = None  # a CSV of all runs
 
@@ -190,36 +153,46 @@ class Options:
 def interval(with_fix: np.ndarray, without: np.ndarray) -> tuple[float, float, float]:
     """Mean difference of pairs, and its 95 % interval by Student's t. NaN with fewer than two pairs."""
     difference = with_fix - without
-    mean, few = float(difference.mean()), len(difference) < 2
-    return mean, *((np.nan, np.nan) if few else stats.ttest_1samp(difference, 0).confidence_interval(0.95))
+    mean = difference.mean()
+    if len(difference) < 2:
+        return mean, np.nan, np.nan
+    low, high = stats.ttest_1samp(difference, 0).confidence_interval(0.95)
+    return mean, low, high
 
 
 def table(rows: pd.DataFrame) -> str:
     """A line for each script and ablation."""
+    header = ["script", "fix", "game", "score with", "without", "worth [95 %]", "in all games"]
     lines = []
     for key, own in rows.groupby(["script", "fix", "game"], sort=False):
-        arms = {fixed: arm.sort_values("seed") for fixed, arm in own.groupby("fixed")}
-        with_fix, without = (f"{arms[fixed]['score'].mean():.2f}" for fixed in (True, False))
-        worth = [
-            "{:+.2f} [{:+.2f}, {:+.2f}]".format(*interval(*(arms[fixed][name].to_numpy() for fixed in (True, False))))
-            for name in ("score", "score_of_all_games")
-        ]
-        lines.append([*key, with_fix, without, *worth])
-    header = ["script", "fix", "game", "score with", "without", "worth [95 %]", "in all games"]
+        runs = own.sort_values("seed")
+        with_fix = runs[runs["fixed"]]
+        without = runs[~runs["fixed"]]
+        line = [*key]
+        for arm in (with_fix, without):
+            line.append(f"{arm['score'].mean():.2f}")
+        for score in ("score", "score_of_all_games"):
+            worth = interval(with_fix[score].to_numpy(), without[score].to_numpy())
+            line.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(*worth))
+        lines.append(line)
     return markdown(header, lines)
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    if missing := [str(path) for path in options.scripts or [Path("(empty)")] if not path.is_file()]:
-        sys.exit(f"error: SCRIPTS {' '.join(missing)}: must be scripts. For example: cleanba_ppo_envpool.py")
-    paths, chosen = [path.resolve() for path in options.scripts], options.only or range(len(ABLATIONS))
+    missing = [str(path) for path in options.scripts if not path.is_file()]
+    if missing or not options.scripts:
+        named = " ".join(missing) or "(empty)"
+        sys.exit(f"error: SCRIPTS {named}: must be scripts. For example: cleanba_ppo_envpool.py")
+    paths = [path.resolve() for path in options.scripts]
+    chosen = options.only or range(len(ABLATIONS))
     jobs = list(product(paths, chosen, (True, False), options.seeds, [options.steps]))
     os.environ.setdefault("NPROC", "1")  # the network is too small for more, and the workers have the cores
+    context = multiprocessing.get_context("spawn")
     # a worker takes one run: patched modules leave no traces
-    spawn = dict(mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1)
-    with ProcessPoolExecutor(options.workers, **spawn) as pool:
-        rows = pd.DataFrame(tqdm(pool.map(run, jobs), total=len(jobs), unit=" runs", disable=None))
+    with ProcessPoolExecutor(options.workers, context, max_tasks_per_child=1) as workers:
+        runs = tqdm(workers.map(run, jobs), total=len(jobs), unit=" runs", disable=None)
+        rows = pd.DataFrame(runs)
     if options.out:
         rows.to_csv(options.out, index=False)
     print(table(rows))

@@ -32,10 +32,10 @@ SMALL = ["--img-size", "24", "--channels", "4", "8", "--local-num-envs", "8", "-
 sys.path.append(str(ROOT / "benchmark"))  # where its tools import one another
 
 
-def load(name: str):
-    """Import a script by its path, as a module of its own."""
+def load(name: str, path: Path | None = None):
+    """Import a script, a tool or the file at `path`, as a module of its own."""
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(name, path or ROOT / f"{name}.py")
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]

@@ -1,4 +1,4 @@
-"""benchmark/ablations.py: its game, its patches and its interval."""
+"""benchmark/ablations.py: its patches and its interval; benchmark/tiny_game.py, which it plays."""
 
 import math
 
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 ablations = conftest.load("benchmark/ablations")
+tiny_game = conftest.load("benchmark/tiny_game")
 
 
 def play(pool, actions):
@@ -22,7 +23,7 @@ def place(pool, column, paddle):
 
 def test_a_caught_and_a_missed_block():
     """Three rows are two moves; the step after the end only resets."""
-    pool = ablations.Catch([1], height=3)
+    pool = tiny_game.Catch([1], height=3)
     place(pool, 5, 3)
     assert play(pool, [2, 2, 0]) == [[0, 1, 0], [False, True, False], [False] * 3]
     place(pool, 5, 3)
@@ -32,31 +33,31 @@ def test_a_caught_and_a_missed_block():
 
 def test_a_point_that_comes_late():
     """Nothing moves while it is awaited."""
-    pool = ablations.Catch([1], height=3, delay=3)
+    pool = tiny_game.Catch([1], height=3, delay=3)
     place(pool, 5, 3)
     assert play(pool, [2, 2, 0, 0, 0]) == [[0, 0, 0, 0, 1], [False] * 4 + [True], [False] * 5]
 
 
 def test_a_point_before_the_end():
-    pool = ablations.Catch([1], height=3, wait=2)
+    pool = tiny_game.Catch([1], height=3, wait=2)
     place(pool, 5, 3)
     assert play(pool, [2, 2, 0, 0]) == [[0, 1, 0, 0], [False] * 3 + [True], [False] * 4]
 
 
 def test_a_time_limit_and_a_door():
-    pool = ablations.Catch([1], height=3, limit=5)
+    pool = tiny_game.Catch([1], height=3, limit=5)
     place(pool, 5, 5)
     rewards, terminated, truncated = play(pool, [1] * 5)
     assert rewards[1] == 1  # and a new block falls
     assert (terminated, truncated) == ([False] * 5, [False] * 4 + [True])
     place(pool, 5, 1)
     pool.over[:] = False
-    assert play(pool, [0, 0])[:2] == [[0, ablations.DOOR], [False, True]]
+    assert play(pool, [0, 0])[:2] == [[0, tiny_game.DOOR], [False, True]]
 
 
 @pytest.mark.parametrize("options", [{}, {"height": 3}, {"delay": 3}, {"wait": 3}])
 def test_every_block_can_be_caught(options):
-    pool, points, ends = ablations.Catch(list(range(32)), **options), 0, 0
+    pool, points, ends = tiny_game.Catch(list(range(32)), **options), 0, 0
     pool.reset()
     for _ in range(100):
         _, reward, terminated, _, _ = pool.step(1 + np.sign(pool.column - pool.paddle))

@@ -108,3 +108,14 @@ def test_lines_that_differ_are_counted(sibling):
     changed = sum(line[0] in "<>" for line in diff.splitlines())
     (row,) = [row for row in README.splitlines() if row.startswith(f"| `{sibling.name}` |")]
     assert row.endswith(f"| {changed} |")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((conftest.ROOT / "tests" / "forks").glob("*.patch")), ids=lambda path: path.stem
+)
+def test_forks_are_listed_with_their_sizes(path):
+    shown, diff = path.read_text().split("\n--- ")
+    assert len(shown.strip().splitlines()) == 1  # what it shows
+    added, removed = (len(re.findall(rf"^\{sign}(?!\+\+ )", diff, re.M)) for sign in "+-")
+    assert re.search(rf"^\| `{path.name}` \|.*\| {added}, {removed} \|$", README, re.M), (added, removed)
+    assert f"**`{path.name}`**" in (path.parent / "README.md").read_text()

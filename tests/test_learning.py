@@ -6,18 +6,17 @@ import conftest
 import numpy as np
 import pytest
 
-ablations = conftest.load("benchmark/ablations")
-SIZE = ablations.SIZE
-FLAGS = ablations.FLAGS | dict(log_frequency=10**6)
+tiny_game = conftest.load("benchmark/tiny_game")
+FLAGS = tiny_game.FLAGS | dict(log_frequency=10**6)
 TUNED = {True: dict(total_timesteps=45_000), False: dict(total_timesteps=100_000)}  # PPO; IMPALA
 
 
 def play(script, monkeypatch, **flags):
     """Mean score of the last 100 games of a run on the tiny game."""
-    monkeypatch.setattr(script, "env_spec", lambda args: ((4, SIZE, SIZE), 3))
-    monkeypatch.setattr(script, "make_env", lambda args, seeds, num_threads: ablations.Catch(seeds))
+    monkeypatch.setattr(script, "env_spec", tiny_game.env_spec)
+    monkeypatch.setattr(script, "make_env", lambda args, seeds, num_threads: tiny_game.Catch(seeds))
     ppo = hasattr(script, "ppo_loss")
-    return script.train(script.Args(**FLAGS | ablations.TUNED[ppo] | TUNED[ppo] | flags))["mean_score"]
+    return script.train(script.Args(**FLAGS | tiny_game.TUNED[ppo] | TUNED[ppo] | flags))["mean_score"]
 
 
 @conftest.algorithms_fast
@@ -69,7 +68,7 @@ def test_it_does_not_learn_with_the_sign_flipped(script, monkeypatch):
 
 def test_the_game_can_be_lost_and_won():
     """A random policy stays far below 0.9, a perfect one catches what can be reached: every block."""
-    pool, rng = ablations.Catch(list(range(64))), np.random.default_rng(0)
+    pool, rng = tiny_game.Catch(list(range(64))), np.random.default_rng(0)
     pool.reset()
     scores = {"random": [], "perfect": []}
     for name in scores:
