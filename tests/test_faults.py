@@ -51,19 +51,28 @@ def test_json_files_of_a_run_are_written_whole(script, monkeypatch):
     train(script, **IT)
     before = {name: Path("runs/it", name).read_text() for name in ("run.json", "summary.json")}
     write_file = script.write_file
+    make_writer = script.EventFileWriter
+    writers = []
 
     def write(path, data):
         if path.suffix == ".json":
             monkeypatch.setattr(os, "fsync", full)
         write_file(path, data)
 
+    def make(directory):
+        writers.append(make_writer(directory))
+        return writers[-1]
+
     def full(file):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(script, "write_file", write)
+    monkeypatch.setattr(script, "EventFileWriter", make)
     with pytest.raises(OSError, match="No space"):
         train(script, **IT)
     assert {name: Path("runs/it", name).read_text() for name in before} == before
+    for writer in writers:
+        writer.close()  # a process that ends would take its thread along
 
 
 @conftest.one_fast
@@ -336,12 +345,14 @@ def test_environments_that_hang(script, monkeypatch, counting_pool, how):
     said = r"actor 0: step 4 of its environments takes more than \d s"
     ends = {"timeout": (TimeoutError, said), "SIGTERM": (SystemExit, "143"), "Ctrl-C": (KeyboardInterrupt, "^$")}
     error, message = ends[how]
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
     try:
         with pytest.raises(error, match=message):
             script.train(args, heard)
         assert 0.4 < time.monotonic() - hung_at[0] < 10
     finally:
         released.set()
+        signal.signal(signal.SIGINT, handler)
     summary = json.loads(Path("runs/it/summary.json").read_text())
     assert summary["status"] == {"timeout": "failed", "SIGTERM": "preempted", "Ctrl-C": "interrupted"}[how]
     assert summary["updates"] == 0
