@@ -93,7 +93,6 @@ def test_ci_runs_the_readme_s_test_command():
     assert "uv run pytest" in (conftest.ROOT / ".github" / "workflows" / "tests.yml").read_text()
 
 
-@conftest.algorithms_fast
 def test_every_metric_is_in_the_readme(script):
     flags = dict(img_size=16, channels=(4,), local_num_envs=4, num_actor_threads=1, num_steps=8, num_minibatches=1)
     summary = script.train(script.Args(**flags, total_timesteps=32, save_model=True, eval_episodes=1))
