@@ -607,8 +607,7 @@ def shuffle(args, shard_envs, key, epoch, shard):
 def minibatch_sums(estimate, rows):
     """This shard's part of the weight and of the advantage of each minibatch, f32[minibatches] each."""
     taken = take_rows(estimate, rows)
-    weighted_advantage = taken.weight * taken.advantage
-    return {"weight": taken.weight.sum((1, 2)), "advantage": weighted_advantage.sum((1, 2))}
+    return {"weight": taken.weight.sum((1, 2)), "advantage": (taken.weight * taken.advantage).sum((1, 2))}
 
 
 @jax.jit
@@ -942,7 +941,7 @@ def join(args, signals_received):
     example = "10.0.0.1:9876 --num-processes 2 --process-id 0"
     is_address = address is None or re.fullmatch(r"\S+:\d{1,5}", address)
     require(is_address, args, "coordinator_address", "must be HOST:PORT", example)
-    if address and args.process_id == 0:
+    if address and not args.process_id:
         try:
             socket.create_server(("", int(address.rpartition(":")[2]))).close()
         except (OSError, OverflowError) as error:
@@ -1001,7 +1000,7 @@ def share(value):
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
 
-    if global_state.process_id == 0:  # collects, so that n processes make 3 n calls
+    if not global_state.process_id:  # collects, so that n processes make 3 n calls
         value = [value, *map(get, range(1, global_state.num_processes))]
         client.key_value_delete(f"cleanba/{number - 1}")  # who came to this round has read the one before
     client.key_value_set(f"cleanba/{number}/{global_state.process_id}", json.dumps(value))
@@ -1038,9 +1037,12 @@ def set_up(args, signals_received=()):
 
     hyper_parameters = {flag: value for flag, value in vars(args).items() if flag not in FREE_FLAGS}
     platform = describe_platform(jax.local_devices())
-    counts = {"actors of a process": sizes.actors, "learner devices of a process": len(learners)}
-    given = hyper_parameters | platform | counts
-    everyone = share([given, [device.id for device in learners]])
+    given = hyper_parameters | {
+        "load_model": args.load_model,
+        "actors of a process": sizes.actors,
+        "learner devices of a process": len(learners),
+    }
+    everyone = share([given | platform, [device.id for device in learners]])
     check_all_given_the_same([theirs for theirs, _ in everyone])
 
     global_device = {device.id: device for device in jax.devices()}
