@@ -851,7 +851,7 @@ JAX_SETTINGS = """
     jax_high_dynamic_range_gumbel jax_use_direct_linearize jax_softmax_custom_jvp jax_compiler_enable_remat_pass
     jax_disable_most_optimizations jax_optimization_level jax_memory_fitting_level jax_enable_pgle
 """.split()
-# flags that may differ between processes, and on resume: where a run is, and what is kept and shown of it
+# flags that may change on resume, and all but load_model between processes: where a run is, what is kept and shown
 FREE_FLAGS = """
     coordinator_address num_processes process_id distributed peer_timeout actor_timeout
     num_actor_threads env_threads actor_device_ids learner_device_ids

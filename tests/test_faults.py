@@ -255,10 +255,6 @@ def test_final_games_cost_no_training_time(script, monkeypatch):
 
 
 CRASH = """
-import sys
-sys.path.insert(0, {tests!r})
-import conftest
-script = conftest.load({name!r})
 make_env = script.make_env
 
 class Faulty:
@@ -271,26 +267,23 @@ class Faulty:
             raise OSError("the cartridge fell out")
         return self.pool.step(action)
 
-pools = []
 def make(args, seeds, num_threads):
     pool = make_env(args, seeds, num_threads)
     return Faulty(pool) if seeds == script.env_seeds(args.seed, 0, 8, 8) else pool
 
 script.make_env = make
-sys.argv = ["script", *{flags!r}]
-script.main()
 """
 
 
 @conftest.one_fast
 def test_an_actor_that_dies_ends_the_run(script, launcher, tmp_path):
-    code = CRASH.format(tests=str(conftest.ROOT / "tests"), name=script.__name__, flags=SHORT)
     start = time.monotonic()
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert result.returncode == 1
-    assert "actor 1 failed" in result.stderr
-    assert "OSError: the cartridge fell out" in result.stderr
-    assert "in step" in result.stderr  # the original traceback
+    process = launcher.start_patched(script, CRASH, *SHORT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "actor 1 failed" in err
+    assert "OSError: the cartridge fell out" in err
+    assert "in step" in err  # the original traceback
     (summary,) = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/summary.json")]
     assert summary["status"] == "failed"
     assert summary["seconds"] < 15
