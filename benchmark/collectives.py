@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 
 import jax
 import tyro
-from common import load_script
+from common import load_script, recording
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,7 @@ def measure(options: Options, n: int, port: int, rank: int) -> tuple[float, ...]
         return outputs
 
     def make_recording_sum(devices):
-        sum_over_shards = make_sum_over_shards(devices)
-
-        def recording_sum(parts):
-            calls.append((sum_over_shards, parts))
-            return sum_over_shards(parts)
-
-        return recording_sum
+        return recording(calls, "sum_over_shards", make_sum_over_shards(devices))
 
     def make_timed_update(*setting):
         return partial(timed, make_update(*setting))
@@ -76,15 +70,18 @@ def measure(options: Options, n: int, port: int, rank: int) -> tuple[float, ...]
     update = seconds[-1]
 
     def repeat_sums():
-        for sum_over_shards, parts in last_calls:
-            jax.block_until_ready(sum_over_shards(parts))
+        for _, program in last_calls:
+            jax.block_until_ready(program())
 
     before = bytes_sent(script)
     for _ in range(options.repeats):
         timed(repeat_sums)
     sent = (bytes_sent(script) - before) / options.repeats
     jax.distributed.shutdown()  # which a worker of a pool would leave out
-    sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(parts[0])) for _, parts in last_calls]
+    sizes = []
+    for _, program in last_calls:
+        (parts,) = program.args
+        sizes.append(sum(leaf.nbytes for leaf in jax.tree.leaves(parts[0])))
     gradient = max(sizes)
     return gradient, sizes.count(gradient), sent, statistics.median(seconds[-options.repeats :]), update
 

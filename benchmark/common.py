@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -62,3 +63,13 @@ def load_script(path: Path) -> ModuleType:
     whole = hasattr(module, "load_model") and hasattr(module, "play_games")
     require(whole, "SCRIPT", path, "has no load_model and play_games", "cleanba_ppo_envpool.py")
     return module
+
+
+def recording(calls: list[tuple[str, Callable]], name: str, program: Callable) -> Callable:
+    """`program`, each call of which is added to `calls`: its name, and a function that repeats it."""
+
+    def run(*inputs):
+        calls.append((name, partial(program, *inputs)))
+        return program(*inputs)
+
+    return run

@@ -20,13 +20,11 @@ import os
 import re
 import shlex
 import sys
-from collections import namedtuple
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
-from itertools import count, islice
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, NamedTuple
@@ -36,14 +34,15 @@ import jax
 import numpy as np
 import tyro
 from common import find_run, load_script, read_json, require, stop
+from tyro.conf import Positional, arg
 
-STEPS_A_MINUTE = 60 * 60 // 4  # the console draws 60 frames a second, and a step is four
+STEPS_A_MINUTE = 900  # the console draws 60 frames a second, and a step is four
 
 
 @dataclass(frozen=True)
 class Options:
-    script: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SCRIPT")]  # the script that trained the agent
-    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL_OR_RUN")]  # a run, or its model.msgpack
+    script: Annotated[Path, Positional, arg(metavar="SCRIPT")]  # the script that trained the agent
+    model: Annotated[Path, Positional, arg(metavar="MODEL_OR_RUN")]  # a run, or its model.msgpack
     episodes: int = 10  # games, each in an environment of its own
     max_minutes: float = 10.0  # of the console's time, after which a game is cut; the scripts' own limit is 30
     greedy: bool = False  # always play the most probable action, instead of sampling
@@ -55,12 +54,16 @@ class Options:
 
 def check_options(options: Options) -> None:
     """All that can be said before anything is loaded."""
-    minutes, seed, video, repo = options.max_minutes, options.seed, options.video, options.upload
+    minutes = options.max_minutes
+    seed = options.seed
+    video = options.video
+    repo = options.upload
     require(options.episodes >= 1, "--episodes", options.episodes, "must be 1 or more", "--episodes 10")
     require(0 < minutes < np.inf, "--max-minutes", minutes, "must be above 0", "--max-minutes 10")
     require(seed is None or 0 <= seed < 2**32, "--seed", seed, "must be 0 to 4294967295", "--seed 1")
-    one, rule = video is None and repo is None, "plays many models, of which none is filmed or uploaded"
-    require(one or not options.every_checkpoint, "--every-checkpoint", True, rule, "without --video and --upload")
+    if options.every_checkpoint:
+        rule = "plays many models, of which none is filmed or uploaded"
+        require(video is None and repo is None, "--every-checkpoint", True, rule, "without --video and --upload")
     if video is not None:
         require(video.suffix == ".mp4", "--video", video, "must end in .mp4", f"--video {video.with_suffix('.mp4')}")
         installed = find_spec("imageio") and find_spec("imageio_ffmpeg")
@@ -70,56 +73,75 @@ def check_options(options: Options) -> None:
         require(re.fullmatch(r"[\w.-]+/[\w.-]+", repo), "--upload", repo, "must be USER/NAME", "--upload me/pong")
 
 
-# a trained agent. source: where it was found; directory: that of the file or the run; trained_by: the script's name;
-# args, network: the script's Args of the run, its ActorCritic; steps: of the environments, until a checkpoint's update
-Model = namedtuple("Model", "source directory trained_by args network params update steps", defaults=(0, 0))
+class Model(NamedTuple):
+    """A trained agent."""
+
+    source: str  # where it was found
+    directory: Path  # of the file or the run
+    trained_by: str  # the script's name
+    args: Any  # the script's Args of the run
+    network: Any
+    params: Any
+    update: int = 0  # of a checkpoint
+    steps: int = 0  # of the environments, until that update
 
 
-def checkpoints(script: ModuleType, run: Path, paths: Iterable[Path]) -> Iterator[Model]:
-    """The agents in checkpoints of a run, those passed over that cannot be read or are gone."""
-    for path in paths:
+def read_checkpoints(script: ModuleType, run: Path, every: bool) -> list[Model]:
+    """The newest checkpoint of a run, or every one, oldest first; those that are broken or gone are passed over."""
+    models = []
+    for path in reversed(script.find_checkpoints(run)):
         try:
             content = script.unpack(path.read_bytes())
         except (OSError, ValueError) as error:
-            print(f"{path} is passed over: {error}", flush=True)
+            print(f"{path} is passed over: {error}")
             continue
+        update = content["update"]
+        params = content["state"]["0"]["params"]
         record = json.loads(content["record"])
         args = script.with_tuples(script.Args(**record["args"]))
-        trained_by = record["platform"]["script"]
-        update, params = content["update"], content["state"]["0"]["params"]
+        steps = update * args.local_num_envs * args.num_steps * record["hyper_parameters"]["actors"]
         source = f"{run}, checkpoint of update {update}"
-        steps = args.local_num_envs * args.num_steps * record["hyper_parameters"]["actors"]
-        yield Model(source, run, trained_by, args, script.make_network(args), params, update, update * steps)
+        trained_by = record["platform"]["script"]
+        models.insert(0, Model(source, run, trained_by, args, script.make_network(args), params, update, steps))
+        if not every:
+            break
+    return models
 
 
-def find_models(script: ModuleType, path: Path, every: bool) -> list[Model]:
-    """The model in the file, or of the run, at `path`, or all checkpoints of the run; stops if the script's is another.
+def find_models(script: ModuleType, options: Options) -> list[Model]:
+    """The model in a file, or of a run, or all checkpoints of the run; stops if another script's.
 
     A run that has not written model.msgpack, because it goes on or was killed, plays from its newest whole checkpoint.
     """
-    path, name = find_run(path), Path(script.__file__).name
-    file, found = path / "model.msgpack" if path.is_dir() else path, script.find_checkpoints(path)
-    rule = f"no such run, or {'' if every else 'no model and '}no checkpoint in it"
-    require(found or (file.is_file() and not every), "MODEL_OR_RUN", path, rule, "runs/NAME of a run that has ended")
+    path = find_run(options.model)
+    file = path / "model.msgpack" if path.is_dir() else path
+    every = options.every_checkpoint
+    from_file = file.is_file() and not every
+    missing = "no checkpoint" if every else "no model and no checkpoint"
+    found = from_file or script.find_checkpoints(path)
+    require(found, "MODEL_OR_RUN", path, f"no such run, or {missing} in it", "runs/NAME of a run that has ended")
     try:
-        if file.is_file() and not every:
+        if from_file:
             trained_by = script.unpack(file.read_bytes())["script"]
             models = [Model(str(file), file.parent, trained_by, *script.load_model(file))]
         else:
-            models = list(islice(checkpoints(script, path, found[::-1]), None if every else 1))[::-1]
+            models = read_checkpoints(script, path, every)
             require(models, "MODEL_OR_RUN", path, "none of its checkpoints can be read", "another run")
-        model = models[-1]
-        obs = np.zeros((1, *script.env_spec(model.args)[0]))
-        wanted = jax.eval_shape(model.network.init, jax.random.key(0), obs)
+        newest = models[-1]
+        obs_shape, _ = script.env_spec(newest.args)
+        wanted = jax.eval_shape(newest.network.init, jax.random.key(0), np.zeros((1, *obs_shape)))
     except Exception as error:  # whatever a foreign or broken file makes the libraries raise
-        rule = f"is no model of {name} ({' '.join(str(error).split())[:200]})"
+        reason = " ".join(str(error).split())
+        rule = f"is no model of {options.script.name} ({reason[:200]})"
         stop("MODEL_OR_RUN", path, rule, "the script that trained it")
-    shape = lambda tree: jax.tree.map(np.shape, tree)
-    same = all(shape(model.params) == shape(wanted) for model in models)
-    require(same, "MODEL_OR_RUN", path, f"has not the network of {name}", "its own script")
-    by = Path(script.__file__).with_name(f"{model.trained_by}.py")
-    fits = by.name == name or not by.is_file()  # siblings differ where no shape does; of another file a user may judge
-    require(fits, "MODEL_OR_RUN", path, f"was trained by {by.name}, not by {name}", by.name)
+    shapes = jax.tree.map(np.shape, wanted)
+    for model in models:
+        fits = jax.tree.map(np.shape, model.params) == shapes
+        require(fits, "MODEL_OR_RUN", path, f"has not the network of {options.script.name}", "its own script")
+    trainer = options.script.with_name(f"{newest.trained_by}.py")
+    if trainer.is_file():  # siblings differ where no shape does; of any other script a user may judge
+        rule = f"was trained by {trainer.name}, not by {options.script.name}"
+        require(trainer == options.script, "MODEL_OR_RUN", path, rule, trainer.name)
     return models
 
 
@@ -133,120 +155,143 @@ class Greedy(NamedTuple):
         return 1e9 * jax.nn.one_hot(logits.argmax(1), logits.shape[1]), *rest  # sampling adds noise far below that
 
 
+def open_film(path: Path):
+    """The encoder, which is given one frame after the other: a long game has thousands."""
+    os.environ.setdefault("IMAGEIO_FFMPEG_NO_PREVENT_SIGINT", "1")  # its usual fork may hang beside JAX's threads
+    import imageio.v2 as imageio
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return imageio.get_writer(path, fps=15, macro_block_size=2)  # every fourth frame, and no resizing
+
+
 @contextmanager
-def watched(script: ModuleType, options: Options) -> Iterator[set[int]]:
+def watched(script: ModuleType, options: Options) -> Iterator[list[int]]:
     """While this lasts, the first games of the script's environments are shown, filmed (that of environment 0), cut.
 
     Yields the environments whose first game was cut. The scripts know nothing of this.
     """
-    limit, live = round(options.max_minutes * STEPS_A_MINUTE) or 1, sys.stdout.isatty()
-    steps, over, cut = count(), set(), set()  # environments whose first game is over, was cut
-    film, rendered, env_options = nullcontext(), {}, script.env_options
-    if options.video:
-        os.environ.setdefault("IMAGEIO_FFMPEG_NO_PREVENT_SIGINT", "1")  # its usual fork may hang beside JAX's threads
-        import imageio.v2 as imageio
-
-        options.video.parent.mkdir(parents=True, exist_ok=True)
-        film = imageio.get_writer(options.video, fps=15, macro_block_size=2)  # every fourth frame, and no resizing
-        rendered = {"render_mode": "rgb_array"}
+    limit = round(options.max_minutes * STEPS_A_MINUTE)
+    live = sys.stdout.isatty()
+    film = open_film(options.video) if options.video else nullcontext()
+    rendered = {"render_mode": "rgb_array"} if options.video else {}
+    env_options = script.env_options
+    cut = []
 
     class Watched(script.Envs):
         def __init__(self, pool):
             super().__init__(pool)
-            self.shoot()
+            self.over = self.game_over  # where the first game is over: nowhere yet
+            self.film_frame()
+
+        def find_games_over(self, ended, lives):
+            """What is cut looks like an end to `play_games`, which counts the first game of each environment."""
+            too_long = self.length >= limit
+            cut.extend(np.flatnonzero(too_long & ~ended & ~self.over))
+            super().find_games_over(ended | too_long, lives)
 
         def step(self, action):
-            result, step = super().step(action), next(steps)
-            ended = dict(zip(np.flatnonzero(self.game_over).tolist(), self.games, strict=True))
-            for i in np.flatnonzero(self.length >= limit).tolist():
-                ended[i] = float(self.score[i]), int(self.length[i])
-                cut.update({i} - over)
-            self.games = [ended[i] for i in sorted(ended)]
-            self.game_over = np.isin(np.arange(len(self.obs)), list(ended))
-            if 0 not in over:
-                self.shoot()
-            over.update(ended)
+            step = self.steps_begun
+            result = super().step(action)
+            self.film_frame()
+            self.over = self.over | self.game_over
             if live and step % 15 == 0:
                 most = f"{step / STEPS_A_MINUTE:.1f} of at most {options.max_minutes:g} minutes"
-                print(f"\x1b[K{len(over)} of {len(self.obs)} games over, {most}", end="\r", flush=True)
+                print(f"\x1b[K{self.over.sum()} of {len(self.over)} games over, {most}", end="\r")
             return result
 
-        def shoot(self):
-            if video:
-                frame = self.pool.render(env_ids=[0])[0]  # u8[210 or 250, 160, 3]
+        def film_frame(self):
+            if video and not self.over[0]:
+                (frame,) = self.pool.render()  # of environment 0: u8[210 or 250, 160, 3]
                 video.append_data(frame.repeat(2, 0).repeat(2, 1))  # the codec halves the resolution of colours
 
-    with (
-        film as video,  # straight to the encoder: a long game has thousands of frames
-        patch.object(script, "Envs", Watched),
-        patch.object(script, "env_options", lambda args: env_options(args) | rendered),
-    ):
+    patches = patch.multiple(script, Envs=Watched, env_options=lambda args: env_options(args) | rendered)
+    with film as video, patches:
         yield cut
-    print("\x1b[K" * live, end="", flush=True)
+    if live:
+        print("\x1b[K", end="")
 
 
-CARD = """---
-{metadata}
+def make_card(script: ModuleType, options: Options, model: Model, sha256: str, scores: list[float], result: str) -> str:
+    """The text that the Hub shows, with its metadata."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    stem = options.script.stem
+    game = model.args.env_id
+    scored = EvalResult(
+        task_type="reinforcement-learning",
+        task_name="reinforcement-learning",
+        dataset_type=game,
+        dataset_name=game,
+        metric_type="mean_reward",
+        metric_value=f"{np.mean(scores):.2f} +/- {np.std(scores):.2f}",
+    )
+    metadata = ModelCardData(
+        library_name="cleanba",
+        pipeline_tag="reinforcement-learning",
+        tags=["reinforcement-learning", "deep-reinforcement-learning", "atari", "jax", "envpool", game],
+        model_name=stem,
+        eval_results=[scored],
+        script=options.script.name,
+        params_sha256=sha256,
+    )
+    replay = f"uv run benchmark/evaluate.py agent/{options.script.name} agent/model.msgpack"
+    replay += f" --episodes {options.episodes} --max-minutes {options.max_minutes}"
+    if options.greedy:
+        replay += " --greedy"
+    if options.seed is not None:
+        replay += f" --seed {options.seed}"
+    versions = ", ".join(map(" ".join, script.VERSIONS.items()))
+    return f"""---
+{metadata.to_yaml()}
 ---
 
-# {script} on {game}
+# {stem} on {game}
 
 {result}
 
 To play these games again, in a checkout of Cleanba:
 
 ```bash
-hf download {repo} --local-dir agent
+hf download {options.upload} --local-dir agent
 {replay}
 ```
 
 The scores are in the game's own points, one game for each environment, played with {versions}.
-`{script}.py` trained the agent; `model.msgpack` holds its flags and parameters (`params sha256: {sha256}`).
+`{stem}.py` trained the agent; `model.msgpack` holds its flags and parameters (`params sha256: {sha256}`).
 """
 
 
-def upload(script: ModuleType, model: Model, options: Options, scores: list[float], result: str) -> None:
+def upload(script: ModuleType, options: Options, model: Model, sha256: str, scores: list[float], result: str) -> None:
     """Write all that is to be uploaded to the folder `upload` beside the model, and push it in one commit."""
-    from huggingface_hub import EvalResult, HfApi, ModelCardData
+    from huggingface_hub import HfApi
 
-    folder, name, sha256 = model.directory / "upload", Path(script.__file__).name, script.params_sha256(model.params)
-    summary = folder.with_name("summary.json")
+    folder = model.directory / "upload"
     folder.mkdir(exist_ok=True)
+    summary = model.directory / "summary.json"
     finished = read_json(summary).get("params_sha256") == sha256
     sources = {
-        name: script.__file__,
+        options.script.name: options.script,
         "summary.json": summary if finished else None,  # not that of later parameters
         "replay.mp4": options.video,  # the name that the Hub shows as a video
     }
-    for to, source in sources.items():
-        if source is None:
-            (folder / to).unlink(missing_ok=True)  # of an earlier upload
+    for name, source in sources.items():
+        if source:
+            (folder / name).write_bytes(source.read_bytes())
         else:
-            (folder / to).write_bytes(Path(source).read_bytes())
+            (folder / name).unlink(missing_ok=True)  # of an earlier upload
     script.save_model(folder / "model.msgpack", model.args, model.params)
-    game, metric = model.args.env_id, f"{np.mean(scores):.2f} +/- {np.std(scores):.2f}"
-    task = dict(task_type="reinforcement-learning", task_name="reinforcement-learning", metric_type="mean_reward")
-    metadata = ModelCardData(
-        library_name="cleanba",
-        pipeline_tag="reinforcement-learning",
-        tags=["reinforcement-learning", "deep-reinforcement-learning", "atari", "jax", "envpool", game],
-        model_name=Path(name).stem,
-        eval_results=[EvalResult(dataset_name=game, dataset_type=game, metric_value=metric, **task)],
-        script=name,
-        params_sha256=sha256,
-    )
-    replay = f"uv run benchmark/evaluate.py agent/{name} agent/model.msgpack --episodes {options.episodes}"
-    replay += f" --max-minutes {options.max_minutes}" + " --greedy" * options.greedy
-    replay += "" if options.seed is None else f" --seed {options.seed}"
-    fields = dict(metadata=metadata.to_yaml(), script=Path(name).stem, game=game, result=result, sha256=sha256)
-    fields |= dict(repo=options.upload, replay=replay, versions=", ".join(map(" ".join, script.VERSIONS.items())))
-    (folder / "README.md").write_text(CARD.format(**fields))
-    own = ["README.md", "model.msgpack", *(to for to, source in sources.items() if source is not None)]
+    (folder / "README.md").write_text(make_card(script, options, model, sha256, scores, result))
     try:
-        url, message = HfApi().create_repo(options.upload, exist_ok=True), "Upload agent, scores and card"
-        HfApi().upload_folder(repo_id=url.repo_id, folder_path=folder, allow_patterns=own, commit_message=message)
+        url = HfApi().create_repo(options.upload, exist_ok=True)
+        HfApi().upload_folder(
+            repo_id=url.repo_id,
+            folder_path=folder,
+            allow_patterns=["README.md", "model.msgpack", *sources],
+            commit_message="Upload agent, scores and card",
+        )
     except Exception as error:  # no network, no token, no right to write: the same remedy
-        retry, reason = shlex.join(["hf", "upload", options.upload, str(folder), "."]), " ".join(str(error).split())
+        reason = " ".join(str(error).split())
+        retry = shlex.join(["hf", "upload", options.upload, str(folder), "."])
         sys.exit(f"not uploaded: {reason}\nNothing is lost. After `hf auth login`, try again with\n    {retry}")
     print(f"uploaded: {url}")
 
@@ -259,34 +304,43 @@ def evaluate(options: Options) -> list[float]:
     check_options(options)
     script = load_script(options.script)
     script.make_policy = cache(script.make_policy)  # compiled once for all checkpoints
-    models, minutes = find_models(script, options.model, options.every_checkpoint), f"{options.max_minutes:g}"
-    how = f"{options.episodes} games with {'most probable' if options.greedy else 'sampled'} actions"
-    print(f"playing {how}, each for at most {minutes} minutes of the console's time")
-    table = models[0].directory / "evaluation.csv" if options.every_checkpoint else Path(os.devnull)
-    rows = table.open("w", buffering=1)  # a line is there as soon as it is known
-    print("update,steps,games,cut,mean,std,scores", file=rows)
+    models = find_models(script, options)
+    actions = "most probable" if options.greedy else "sampled"
+    how = f"{options.episodes} games with {actions} actions"
+    print(f"playing {how}, each for at most {options.max_minutes:g} minutes of the console's time")
+    table = models[0].directory / "evaluation.csv"
+    if options.every_checkpoint:
+        rows = table.open("w", buffering=1)  # a line is there as soon as it is known
+        print("update,steps,games,cut,mean,std,scores", file=rows)
     for model in models:
-        args = model.args if options.seed is None else replace(model.args, seed=options.seed)
+        args = model.args
+        if options.seed is not None:
+            args = replace(args, seed=options.seed)
         sha256 = script.params_sha256(model.params)
-        print(f"model: {model.source}, {args.env_id}, params sha256: {sha256}", flush=True)
+        print(f"model: {model.source}, {args.env_id}, params sha256: {sha256}")
         network = Greedy(model.network) if options.greedy else model.network
         with watched(script, options) as cut:
             scores = script.play_games(args, network, model.params, options.episodes)
-        mean, std, shown = np.mean(scores), np.std(scores), " ".join(f"{score:g}" for score in scores)
+        mean = np.mean(scores)
+        std = np.std(scores)
+        shown = " ".join(f"{score:g}" for score in scores)
         result = f"mean {mean:.2f}, standard deviation {std:.2f}, {how}: {shown}"
-        result += f" ({len(cut)} cut after {minutes} minutes, with the score so far)" * bool(cut)
-        print(result, flush=True)
-        print(model.update, model.steps, len(scores), len(cut), mean, std, shown, sep=",", file=rows)
+        if cut:
+            result += f" ({len(cut)} cut after {options.max_minutes:g} minutes, with the score so far)"
+        print(result)
+        if options.every_checkpoint:
+            print(f"{model.update},{model.steps},{len(scores)},{len(cut)},{mean},{std},{shown}", file=rows)
     if options.every_checkpoint:
-        print(f"scores: {table}; uv run benchmark/plot.py {models[0].directory} draws them")
-    if options.video is not None:
+        print(f"scores: {table}; uv run benchmark/plot.py {table.parent} draws them")
+    if options.video:
         print(f"video: {options.video}, the first of these games, score {scores[0]:g}")
-    if options.upload is not None:
-        upload(script, models[0], options, scores, result)
+    if options.upload:
+        upload(script, options, model, sha256, scores, result)
     return scores
 
 
 def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # what is said is seen at once, also in a file or through a pipe
     os.environ["XLA_FLAGS"] = f"--xla_gpu_deterministic_ops=true {os.environ.get('XLA_FLAGS', '')}"  # as in the scripts
     evaluate(tyro.cli(Options, description=__doc__))
 

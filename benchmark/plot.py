@@ -173,7 +173,8 @@ def read_runs(options: Options) -> tuple[DataFrame, list[str]]:
             runs.append(run)
     require(runs, "RUNS", " ".join(options.runs), "no run there has logged what can be shown", "runs")
     key = ["experiment", "env_id", "seed"]
-    best_first = DataFrame(runs).sort_values(["finished", "steps"], ascending=False)
+    newest_first = DataFrame(reversed(runs))  # their directories have the time in their names
+    best_first = newest_first.sort_values(["finished", "steps"], ascending=False)
     is_repeated = best_first.duplicated(key)  # the same seed again is no new sample
     repeated = best_first.path[is_repeated]
     notes = unreadable + unfinished
@@ -367,7 +368,7 @@ def draw_legend(fig: plt.Figure, curves: dict, published: DataFrame, has_dashes:
     for name in published:
         handles.append(plt.Line2D([], [], label=name, color=colors[name], ls="--"))
     note = ""
-    if seeds.sum() > 1:
+    if seeds.max() > 1:
         note = "bands: 95 % bootstrap intervals over seeds; dotted: some seeds only"
     if has_dashes:
         note += "; dashes over a line: equal"

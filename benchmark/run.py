@@ -26,9 +26,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import dropwhile
 from pathlib import Path
+from string import Template
 
 import tyro
 from common import read_json, require
@@ -36,9 +39,10 @@ from rich.live import Live
 from rich.text import Text
 
 HERE = Path(__file__).parent
-OWN_FLAGS = ["--env-id", "--seed", "--exp-name", "--resume", "--start-fresh"]  # what makes a command a run of the sweep
-OWN_FLAGS += ["--distributed", "--coordinator-address", "--num-processes", "--process-id"]
-TODO = ("waiting", "elsewhere")
+# The launcher adds these to the command: they say which run of the sweep it is, and which process of the run.
+OWN_FLAGS = (
+    "--env-id --seed --exp-name --resume --start-fresh --distributed --coordinator-address --num-processes --process-id"
+).split()
 
 
 @dataclass(frozen=True)
@@ -57,19 +61,27 @@ class Options:
     def script(self) -> list[str]:
         """The words of the command from its script on: how Python is started makes no other run."""
         words = shlex.split(self.command)
-        return next((words[i:] for i, word in enumerate(words) if word.endswith(".py")), [])
+        return list(dropwhile(lambda word: not word.endswith(".py"), words))
 
     @property
     def experiment(self) -> str:
         return self.exp_name or Path(self.script[0]).stem
+
+    @property
+    def visible_gpus(self) -> list[str]:
+        """The GPUs that the sweep may use: those of CUDA_VISIBLE_DEVICES, or as many as it needs."""
+        needed = map(str, range(self.workers * self.gpus_per_worker))
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(needed))
+        return re.findall("[^,]+", visible)
 
 
 @dataclass
 class Run:
     """One run of the sweep: game, seed, and what has become of it."""
 
+    options: Options
     env_id: str
-    seed: int
+    seed: int | str  # a number, or the shell variable that stands for it in a job array
     name: str
     state: str = "waiting"  # running, finished, failed, preempted, or elsewhere: another launcher has it
     processes: list[subprocess.Popen] = field(default_factory=list)
@@ -80,180 +92,265 @@ class Run:
     def log(self) -> Path:
         return Path("runs", self.name, "log.txt")
 
+    @property
+    def flags(self) -> str:
+        """The flags that turn the command into this run."""
+        return (
+            f"--env-id {self.env_id} --seed {self.seed} --exp-name {self.options.experiment} "
+            f"--resume {self.name} --start-fresh"
+        )
+
     def finished(self) -> bool:
         """Whether the run's own summary says so."""
         return read_json(self.log.with_name("summary.json")).get("status") == "finished"
 
     def last_line(self) -> str:
         """The last line of the log that says something."""
-        lines = self.log.read_bytes()[-2000:].decode(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if re.search(r"\w", line)), "")
+        end = self.log.read_bytes()[-2000:].decode(errors="replace")
+        lines = re.findall(r".*\w.*", end)
+        return lines[-1].strip() if lines else ""
 
-    def start(self, options: Options, worker: int) -> bool:
-        """Start the run's processes, unless it is finished, another launcher has it, or nothing can be written."""
+    def progress(self) -> str:
+        """The run's line in the table on a terminal."""
+        minutes = (time.monotonic() - self.started) / 60
+        return f"{minutes:6.0f} min  {self.name}: {self.last_line()}"
+
+    def commands(self, worker: int, port: int) -> Iterator[list[str]]:
+        """The words of a command for each process of the run, which gets its part of the worker's cores and GPUs."""
+        options = self.options
+        processes = options.processes
+        gpus = options.gpus_per_worker // processes
+        for rank in range(processes):
+            words = shlex.split(f"{options.command} {self.flags}")
+            if processes > 1:
+                rank_flags = f"--coordinator-address 127.0.0.1:{port} --num-processes {processes} --process-id {rank}"
+                words += rank_flags.split()
+            settings = []
+            place = worker * processes + rank
+            if shutil.which("taskset"):  # which macOS does not have
+                places = options.workers * processes
+                cores = sorted(os.sched_getaffinity(0))
+                share = max(1, len(cores) // places)
+                first = place * len(cores) // places
+                own_cores = map(str, cores[first : first + share])
+                words = ["taskset", "--cpu-list", ",".join(own_cores), *words]
+                settings.append(f"NPROC={os.environ.get('NPROC', share)}")
+            if gpus:
+                own_gpus = options.visible_gpus[place * gpus : (place + 1) * gpus]
+                # Otherwise JAX skips a GPU that it cannot use, and the run takes months on the CPU instead of failing.
+                platforms = os.environ.get("JAX_PLATFORMS") or "cuda,cpu"
+                settings += [f"CUDA_VISIBLE_DEVICES={','.join(own_gpus)}", f"JAX_PLATFORMS={platforms}"]
+            yield ["env", *settings, *words]
+
+    def start(self, worker: int) -> bool:
+        """Try to start the run's processes. Returns whether they run; if not, `state` says why."""
         try:
-            return self.launch(options, worker)
-        except OSError as error:  # of a full disk, which must not end the sweep
+            self.launch(worker)
+        except OSError as error:  # A full disk, for example, must not end the sweep.
             self.state = "failed"
             self.trouble = f"it cannot be started: {error}"
             for process in self.processes:
                 process.kill()
-            return False
+        return self.state == "running"
 
-    def launch(self, options: Options, worker: int) -> bool:
-        """Start the run's processes, unless it is finished or another launcher has it."""
+    def launch(self, worker: int) -> None:
+        """Start the run's processes, unless it is finished or elsewhere. Raises OSError if that fails."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.with_name("lock").open("w") as lock, self.log.open("a") as log:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the processes inherit it, and hold it till they end
-                self.state = "finished" if self.finished() else "running"  # by another launcher, since we looked first
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # The processes inherit it and hold it until they end.
             except BlockingIOError:
                 self.state = "elsewhere"
-            if self.state != "running":
-                return False
+                return
+            if self.finished():  # Another launcher may have run it in the meantime.
+                self.state = "finished"
+                return
+            self.state = "running"
             self.started = time.monotonic()
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                port = free.getsockname()[1]
-            for words in commands(options, self, worker, port):
+            with socket.create_server(("127.0.0.1", 0)) as probe:
+                port = probe.getsockname()[1]
+            for words in self.commands(worker, port):
                 print("$", shlex.join(words), file=log, flush=True)
-                files = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock.fileno()])
-                self.processes += [subprocess.Popen(words, **files, preexec_fn=die_with_launcher, process_group=0)]
-        return True
+                process = subprocess.Popen(
+                    words,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=[lock.fileno()],
+                    preexec_fn=die_with_launcher,
+                    process_group=0,
+                )
+                self.processes.append(process)
 
     def ended(self) -> bool:
-        """Whether all processes have ended; then `state` says how."""
-        codes = [process.poll() for process in self.processes]
+        """Whether all processes have ended. If so, `state` says how."""
+        codes = {process.poll() for process in self.processes}
         if None in codes:
             return False
-        preempted = any(codes) and {*codes} <= {0, 128 + signal.SIGTERM, -signal.SIGTERM}
-        self.state = "preempted" if preempted else "failed" if any(codes) or not self.finished() else "finished"
+        if codes == {0}:
+            self.state = "finished" if self.finished() else "failed"
+        elif codes <= {0, 128 + signal.SIGTERM, -signal.SIGTERM}:
+            self.state = "preempted"
+        else:
+            self.state = "failed"
         return True
 
 
-# what a child does first: ask Linux for a SIGTERM at the death of its parent, even by kill -9 (PR_SET_PDEATHSIG)
-die_with_launcher = lambda: sys.platform == "linux" and ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
-
-def run_flags(options: Options, env_id: str, seed: object, name: str) -> list[str]:
-    """The flags that make the command a run of the sweep."""
-    return f"--env-id {env_id} --seed {seed} --exp-name {options.experiment} --resume {name} --start-fresh".split()
-
-
-def commands(options: Options, run: Run, worker: int, port: int) -> list[list[str]]:
-    """The words of each process of a run, with the cores and GPUs of its worker."""
-    words = [*shlex.split(options.command), *run_flags(options, run.env_id, run.seed, run.name)]
-    gpus, result = options.gpus_per_worker // options.processes, []
-    for rank in range(options.processes):
-        place, settings, prefix, flags = worker * options.processes + rank, [], [], []
-        if hasattr(os, "sched_getaffinity") and shutil.which("taskset"):
-            cores, places = sorted(os.sched_getaffinity(0)), options.workers * options.processes
-            first, count = place * len(cores) // places, max(1, len(cores) // places)
-            prefix = ["taskset", "--cpu-list", ",".join(map(str, cores[first : first + count]))]
-            settings += [f"NPROC={os.environ.get('NPROC', count)}"]
-        if gpus:
-            own = visible_gpus(options)[place * gpus : (place + 1) * gpus]
-            # else JAX passes over a GPU that it cannot use, and the run takes months on the CPU instead of failing
-            platforms = os.environ.get("JAX_PLATFORMS") or "cuda,cpu"
-            settings += [f"CUDA_VISIBLE_DEVICES={','.join(own)}", f"JAX_PLATFORMS={platforms}"]
-        if options.processes > 1:
-            flags = ["--coordinator-address", f"127.0.0.1:{port}", "--num-processes", str(options.processes)]
-            flags += ["--process-id", str(rank)]
-        result.append(["env", *settings, *prefix, *words, *flags])
-    return result
-
-
-def visible_gpus(options: Options) -> list[str]:
-    """The GPUs that the sweep may use: those of CUDA_VISIBLE_DEVICES, or as many as it needs."""
-    needed = map(str, range(options.workers * options.gpus_per_worker))
-    return [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(needed)).split(",") if gpu]
+def die_with_launcher() -> None:
+    """Run in each child before its command: ask Linux for a SIGTERM when the parent dies, even by kill -9."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def plan(options: Options) -> list[Run]:
     """All runs of the sweep, every game with the first seed first. Ends with an error if the options cannot work."""
-    command, good = repr(options.command), "--command 'uv run cleanba_ppo_envpool.py'"
-    require(options.script, "--command", command, "must name a script, NAME.py", good)
-    for flag in (word.split("=")[0].replace("_", "-") for word in options.script):
-        require(flag not in OWN_FLAGS, "--command", command, f"must leave {flag} to the launcher", good)
-    name, rule = options.experiment, "must be letters, digits and . , - _ only, as it names directories"
-    require(re.fullmatch(r"[\w.,-]+", name), "--exp-name", name, rule, "--exp-name ppo_sync")
+    check(options)
+    games = find_games(options)
+    identity = json.dumps([options.script, options.processes])
+    mark = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    runs = []
+    for seed in dict.fromkeys(options.seeds):
+        for game in dict.fromkeys(games):
+            run = Run(options, game, seed, f"{game}__{options.experiment}__{seed}__{mark}")
+            if run.finished():
+                run.state = "finished"
+            runs.append(run)
+    return runs
+
+
+def check(options: Options) -> None:
+    """End with an error if the options cannot work."""
+    command = repr(options.command)
+    example = "--command 'uv run cleanba_ppo_envpool.py'"
+    require(options.script, "--command", command, "must name a script, NAME.py", example)
+    for word in options.script:
+        flag = word.split("=")[0].replace("_", "-")
+        require(flag not in OWN_FLAGS, "--command", command, f"must leave {flag} to the launcher", example)
+    require(
+        re.fullmatch(r"[\w.,-]+", options.experiment),
+        "--exp-name",
+        options.experiment,
+        "must be letters, digits and . , - _ only, as it names directories",
+        "--exp-name ppo_sync",
+    )
     require(options.seeds, "--seeds", "(empty)", "needs one seed or more", "--seeds 1 2 3")
     require(options.env_ids, "--env-ids", "(empty)", "needs one game or more", "--env-ids atari3")
-    for flag in ("workers", "processes"):
-        require((value := getattr(options, flag)) >= 1, f"--{flag}", value, "must be 1 or more", f"--{flag} 1")
-    gpus, processes, available = options.gpus_per_worker, options.processes, len(visible_gpus(options))
-    rule, flag = f"must be a multiple of --processes {processes}, or 0", "--gpus-per-worker"
-    require(gpus >= 0 and gpus % processes == 0, flag, gpus, rule, f"{flag} {processes}")
-    rule = f"CUDA_VISIBLE_DEVICES names {available}, too few for --workers {options.workers}"
-    fits = f"{flag} {available // options.workers // processes * processes}"
-    require(options.slurm or gpus * options.workers <= available, flag, gpus, rule, fits)
-    lists, games = {path.stem: path for path in sorted((HERE / "games").glob("*.txt"))}, []
+    workers = options.workers
+    processes = options.processes
+    require(workers >= 1, "--workers", workers, "must be 1 or more", "--workers 1")
+    require(processes >= 1, "--processes", processes, "must be 1 or more", "--processes 1")
+    gpus = options.gpus_per_worker
+    flag = "--gpus-per-worker"
+    require(
+        gpus >= 0 and gpus % processes == 0,
+        flag,
+        gpus,
+        f"must be a multiple of --processes {processes}, or 0",
+        f"{flag} {processes}",
+    )
+    available = len(options.visible_gpus)
+    most = available // workers // processes * processes
+    require(
+        options.slurm or gpus * workers <= available,
+        flag,
+        gpus,
+        f"CUDA_VISIBLE_DEVICES names {available}, too few for --workers {workers}",
+        f"{flag} {most}",
+    )
+
+
+def find_games(options: Options) -> list[str]:
+    """The games of --env-ids, lists included. Ends with an error if a name is neither a game nor a list."""
+    lists = {path.stem: path for path in sorted(HERE.glob("games/*.txt"))}
+    rule = f"must be a game with its version, or a list: {', '.join(lists)}"
+    games = []
     for env_id in options.env_ids:
-        known = env_id in lists or re.fullmatch(r"\w+-v\d+", env_id)
-        rule = f"must be a game with its version, or a list: {', '.join(lists)}"
-        require(known, "--env-ids", env_id, rule, "--env-ids Breakout-v5")
-        games += re.findall(r"^\w.*", lists[env_id].read_text(), re.MULTILINE) if env_id in lists else [env_id]
-    mark = hashlib.sha256(json.dumps([options.script, processes]).encode()).hexdigest()[:8]
-    pairs = [(game, seed) for seed in dict.fromkeys(options.seeds) for game in dict.fromkeys(games)]
-    runs = [Run(game, seed, f"{game}__{name}__{seed}__{mark}") for game, seed in pairs]
-    for run in runs:
-        run.state = "finished" if run.finished() else "waiting"
-    return runs
+        if env_id in lists:
+            games += re.findall(r"^\w.*", lists[env_id].read_text(), re.MULTILINE)
+        else:
+            require(re.fullmatch(r"\w+-v\d+", env_id), "--env-ids", env_id, rule, "--env-ids Breakout-v5")
+            games.append(env_id)
+    return games
+
+
+class JobTemplate(Template):
+    delimiter = "@"  # The dollar is the shell's.
 
 
 def slurm_text(options: Options, runs: list[Run]) -> str:
     """The text of a SLURM job array, one index for each run."""
-    flags = run_flags(options, "$env_id", "$seed", "$name") + ["--distributed"] * (options.processes > 1)
-    gpus, text = options.gpus_per_worker // options.processes, (HERE / "slurm_array.sbatch").read_text()
-    places = dict(job_name=options.experiment, last=len(runs) - 1, workers=options.workers, gpus=gpus)
-    places["resources"] = f"--ntasks={options.processes}" + f"\n#SBATCH --gpus-per-task={gpus}" * bool(gpus)
-    places["runs"] = "\n".join(f'    "{run.env_id} {run.seed} {run.name}"' for run in runs)
-    places["command"] = f"{shlex.join(shlex.split(options.command))} \\\n    {' '.join(flags)}"
-    for name, value in places.items():
-        text = text.replace(f"@{{{name}}}", str(value))
-    return text
+    command = shlex.join(shlex.split(options.command))
+    flags = Run(options, "$env_id", "$seed", "$name").flags  # The shell of each job fills these in.
+    if options.processes > 1:
+        flags += " --distributed"
+    resources = f"--ntasks={options.processes}"
+    gpus = options.gpus_per_worker // options.processes
+    if gpus:
+        resources += f"\n#SBATCH --gpus-per-task={gpus}"
+    template = JobTemplate((HERE / "slurm_array.sbatch").read_text())
+    return template.safe_substitute(
+        job_name=options.experiment,
+        last=len(runs) - 1,
+        workers=options.workers,
+        resources=resources,
+        runs="\n".join(f'    "{run.env_id} {run.seed} {run.name}"' for run in runs),
+        gpus=gpus,
+        command=f"{command} \\\n    {flags}",
+    )
+
+
+def count_states(states: list[str]) -> str:
+    return "runs: " + ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
 
 
 def sweep(options: Options, runs: list[Run]) -> int:
-    """Run everything; returns the exit code."""
-    signals, forwarded, running, told = [], 0, {}, {run.name: run.state for run in runs}
-    states = lambda: [run.state for run in runs]
-    counts = lambda: "runs: " + ", ".join(f"{states().count(state)} {state}" for state in sorted(set(states())))
+    """Run everything. Returns the exit code."""
+    signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
-    print(counts(), flush=True)
+    states = [run.state for run in runs]  # as last printed
+    print(count_states(states), flush=True)
+    forwarded = 0
+    running = {}  # by worker
     with Live(auto_refresh=False, transient=True) if sys.stdout.isatty() else nullcontext() as live:
         while True:
-            running = {worker: run for worker, run in running.items() if not run.ended()}
             for worker in range(options.workers):
+                if worker in running and running[worker].ended():
+                    del running[worker]
                 if worker not in running and not signals:
-                    todo = (run for run in runs if run.state in TODO)
-                    run = next((run for run in todo if run.start(options, worker)), None)
-                    running |= {worker: run} if run else {}
-            if forwarded < len(signals):  # here, not in the handler: it might come between the start of two processes
+                    for run in runs:
+                        if run.state in ("waiting", "elsewhere") and run.start(worker):
+                            running[worker] = run
+                            break
+            if forwarded < len(signals):
+                # Not in the handler, which might be called between the starts of two processes of a run.
                 forwarded += 1
                 print("all runs end at their next update; the next signal ends them at once", flush=True)
-                for process in (process for run in running.values() for process in run.processes):
-                    process.terminate()
-            for run in (run for run in runs if run.state != told[run.name]):
-                told[run.name] = run.state
-                # said at once, and not only at the end of a sweep that may take days
-                reason = f": {run.trouble or run.last_line()}" if run.state == "failed" else ""
-                print(f"{time.strftime('%H:%M:%S')} {run.state}: {run.name}{reason}", flush=True)
+                for run in running.values():
+                    for process in run.processes:
+                        process.terminate()
+            for run, last_state in zip(runs, states):
+                if run.state != last_state:
+                    # The reason is printed at once, and not only at the end of a sweep that may take days.
+                    reason = f": {run.trouble or run.last_line()}" if run.state == "failed" else ""
+                    print(f"{time.strftime('%H:%M:%S')} {run.state}: {run.name}{reason}", flush=True)
+            states = [run.state for run in runs]
             if live:
-                minutes = lambda run: (time.monotonic() - run.started) / 60
-                lines = [f"{minutes(run):6.0f} min  {run.name}: {run.last_line()}" for run in running.values()]
-                live.update(Text("\n".join([counts(), *lines]), no_wrap=True, overflow="crop"), refresh=True)
-            if not running and (signals or not {*states()} & {*TODO}):
+                table = [count_states(states), *(run.progress() for run in running.values())]
+                live.update(Text("\n".join(table), no_wrap=True, overflow="crop"), refresh=True)
+            if not running and (signals or "elsewhere" not in states):
                 break
             time.sleep(0.2)
-    print(counts())
+    print(count_states(states))
     for run in runs:
         if run.trouble:
             print(f"{run.state}: {run.name}: {run.trouble}")
         elif run.state in ("failed", "preempted"):
             codes = ", ".join(str(process.returncode) for process in run.processes)
             print(f"{run.state} (exit code {codes}): read {run.log}, which ends with: {run.last_line()}")
-    return 128 + signals[0] if signals else int({*states()} != {"finished"})
+    if signals:
+        return 128 + signals[0]
+    return int(set(states) != {"finished"})
 
 
 def main() -> None:
@@ -265,9 +362,10 @@ def main() -> None:
         print(slurm_text(options, todo), end="")
     elif options.dry_run:
         for i, run in enumerate(todo):
-            worker = i % options.workers
-            lines = [*map(shlex.join, commands(options, run, worker, 9876 + i)), "wait"]
-            print(" & ".join(lines[: None if options.processes > 1 else 1]))
+            lines = [shlex.join(words) for words in run.commands(i % options.workers, 9876 + i)]
+            if options.processes > 1:
+                lines.append("wait")
+            print(" & ".join(lines))
     else:
         raise SystemExit(sweep(options, runs))
 

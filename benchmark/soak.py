@@ -7,7 +7,6 @@ starts, and every other time it goes on elsewhere: other devices, other threads,
 same hash. Of the other one memory, threads and open files are sampled. FOLDER/soak.md tells how it stands, at any time.
 """
 
-import argparse
 import json
 import os
 import random
@@ -18,21 +17,19 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from statistics import median
 from subprocess import Popen
 from typing import NamedTuple
 
+import tyro
+
 STEPS_PER_UPDATE = 2 * 8 * 20
 FLAGS = "--img-size 42 --channels 4 8 8 --local-num-envs 8 --num-steps 20 --checkpoint-frequency 20 --start-fresh"
 FLAGS += " --log-frequency 1 --peer-timeout 60"
-ENVIRONMENT = {
-    "NPROC": "4",
-    "JAX_PLATFORMS": "cpu",
-    "PYTHONUNBUFFERED": "1",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}
+ENVIRONMENT = {"NPROC": "4", "JAX_PLATFORMS": "cpu"}
 
 
 class Place(NamedTuple):
@@ -52,6 +49,14 @@ ELSEWHERE = [
 ]
 # where the twentieths of the time begin whose medians are shown
 WINDOWS = {"begin": 0.05, "a quarter": 0.25, "a half": 0.5, "three quarters": 0.75, "end": 0.95}
+
+
+@dataclass(frozen=True)
+class Options:
+    folder: tyro.conf.Positional[Path]  # a new one, for all that the runs write
+    minutes: float = 40.0  # about how long it takes
+    kills: int = 20
+    seed: int = 1  # of the moments
 
 
 # === Runs =============================================================================================================
@@ -235,13 +240,8 @@ def soak(report: dict, starting: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--minutes", type=float, default=40)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
-    args.folder.mkdir(parents=True)  # a new one
+    args = tyro.cli(Options, description=__doc__)
+    args.folder.mkdir(parents=True)
     script = Path(__file__).parent.parent / "cleanba_impala_envpool.py"
     shutil.copy(script, args.folder / "script.py")  # edits meanwhile must not disturb
     os.chdir(args.folder)

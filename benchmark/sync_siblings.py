@@ -1,13 +1,11 @@
 """Copy what the three scripts have in common from the PPO file outward.
 
-    python benchmark/sync_siblings.py          copy; then read `git diff`
-    python benchmark/sync_siblings.py --check  change nothing, exit with 1 if a copy is missing
+    python benchmark/sync_siblings.py
 
-Shared are the header with the pins, the imports, and every section whose title carries [shared].
+Then read `git diff`. Shared are the header with the pins, the imports, and every section whose title carries [shared].
 """
 
 import re
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -31,17 +29,12 @@ def synced(text: str, source: dict[str, str]) -> str:
     return "".join(source[title] if shared(title) else part for title, part in split(text).items())
 
 
-def main() -> int:
-    source, stale = split(SOURCE.read_text()), []
+def main() -> None:
+    source = split(SOURCE.read_text())
     for path in SIBLINGS:
         text = path.read_text()
-        if (new := synced(text, source)) != text:
-            stale.append(path.name)
-            if "--check" not in sys.argv:
-                path.write_text(new)
-    print("\n".join(f"{name}: shared parts differed" for name in stale) or "all in step")
-    return 1 if stale and "--check" in sys.argv else 0
+        path.write_text(synced(text, source))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

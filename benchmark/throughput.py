@@ -37,6 +37,7 @@ from unittest.mock import patch
 
 import jax
 import tyro
+from common import recording
 
 # what the run itself says of the time of a part
 INSIDE = {
@@ -153,18 +154,11 @@ def make_recording_update(script, args, sizes, devices, network, calls):
     """The script's update, which adds to `calls` what it calls: the name of a program, and a function to repeat it."""
     jit = jax.jit
 
-    def recording(name, program):
-        def run(*inputs):
-            calls.append((name, partial(program, *inputs)))
-            return program(*inputs)
-
-        return run
-
     def recording_jit(function):
         name = getattr(function, "func", function).__name__  # a partial has none, but what it calls has
-        return recording(name, jit(function))
+        return recording(calls, name, jit(function))
 
-    sum_over_shards = recording("sum_over_shards", script.make_sum_over_shards(devices))
+    sum_over_shards = recording(calls, "sum_over_shards", script.make_sum_over_shards(devices))
     recording_sum = patch.object(script, "make_sum_over_shards", lambda devices: sum_over_shards)
     with recording_sum, patch.object(jax, "jit", recording_jit):
         return script.make_update(args, network, devices, sizes)

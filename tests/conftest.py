@@ -1,4 +1,4 @@
-"""Fixtures that every test shares. A behaviour is tested on all scripts through the fixture `script`."""
+"""Fixtures that all tests share. The fixture `script` runs a test on every script."""
 
 import importlib.util
 import json
@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-# Four devices on any machine; the size of XLA's thread pool must not depend on the number of cores. Each program is
-# compiled once for the whole suite: its workers and the processes that they start.
+# Every machine shows four devices, and the size of XLA's thread pool must not depend on the number of cores. Workers of
+# the suite and the processes that they start share a cache, so each program is compiled once.
 os.environ["CLEANBA_TEST_CACHE"] = os.environ.get("CLEANBA_TEST_CACHE") or tempfile.mkdtemp(prefix="cleanba-xla-")
 os.environ |= {
     "NPROC": "4",
@@ -25,11 +25,14 @@ os.environ |= {
 
 import numpy as np
 import pytest
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("cleanba_*.py"))
 SMALL = ["--img-size", "24", "--channels", "4", "8", "--local-num-envs", "8", "--num-steps", "16"]
-sys.path.append(str(ROOT / "benchmark"))  # where its tools import one another
+sys.path.append(str(ROOT / "benchmark"))  # the tools there import one another
 
 
 def load(name: str, path: Path | None = None):
@@ -42,13 +45,13 @@ def load(name: str, path: Path | None = None):
 
 
 def fast_on(*fast: str):
-    """A mark for long tests: of the scripts whose name ends so by default, of the others in the slow suite."""
+    """A mark for long tests. Scripts whose names end with `fast` run by default, the rest in the slow suite."""
     names = [name if name.endswith(fast) else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS]
     return pytest.mark.parametrize("script", names, indirect=True)
 
 
-one_fast = fast_on("impala_envpool")  # for what is the same bytes in all
-ppo_fast, wrapper_fast = fast_on("ppo_envpool"), fast_on("atari_wrapper")  # where theirs is the harder part
+one_fast = fast_on("impala_envpool")  # for code that is identical in all scripts
+ppo_fast, wrapper_fast = fast_on("ppo_envpool"), fast_on("atari_wrapper")  # for what is harder in that script
 algorithms_fast = fast_on("impala_envpool", "ppo_envpool")
 
 
@@ -58,18 +61,18 @@ def script(request):
 
 
 def pytest_unconfigure(config):
-    if not hasattr(config, "workerinput"):  # the workers have ended
+    if not hasattr(config, "workerinput"):  # the main process, which ends after the workers
         shutil.rmtree(os.environ["CLEANBA_TEST_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Runs write below the current directory."""
+    """Give each test a current directory of its own, because runs write below it."""
     monkeypatch.chdir(tmp_path)
 
 
 def wait_for_line(process, text: str) -> str:
-    """The first line of its output that has `text`."""
+    """Return the first line of the process's output that contains `text`."""
     for line in process.stdout:
         if text in line:
             return line
@@ -96,11 +99,11 @@ class Launcher:
         return self.open([sys.executable, str(ROOT / f"{script.__name__}.py"), *flags], environment)
 
     def start_shell(self, line: str) -> subprocess.Popen:
-        """A line of bash, in which $PYTHON is this Python."""
+        """Start a line of bash in which $PYTHON is this Python."""
         return self.open(["bash", "-c", line], {"PYTHON": sys.executable, "PYTHONUNBUFFERED": "1"})
 
     def start_patched(self, script, patch: str, *flags: str, pass_fds=(), **environment: str) -> subprocess.Popen:
-        """As `start`, after the code `patch`, which may change `script`."""
+        """Like `start`, but first execute the code `patch`, which may change `script`."""
         code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import conftest, os, time\n"
         code += f"script = conftest.load({script.__name__!r})\n{patch}\n"
         code += f"sys.argv = ['script', *{flags!r}]; script.main()"
@@ -108,11 +111,11 @@ class Launcher:
         return self.open([sys.executable, "-c", code], environment, pass_fds=pass_fds)
 
     def run(self, script, *flags: str, **environment: str) -> dict:
-        """The summary of a run that must finish."""
+        """Start a run that must finish, and return its summary."""
         return self.summary(self.start(script, *flags, **environment))
 
     def summary(self, process: subprocess.Popen) -> dict:
-        """The summary of a process that must finish."""
+        """Wait for a process that must finish, and return its summary."""
         out, err = process.communicate(timeout=400)
         assert process.returncode == 0, out + err
         *_, gist, last = out.strip().splitlines()
@@ -122,9 +125,9 @@ class Launcher:
         return summary
 
     def start_processes(self, script, *flags: str, differing={}, environments={}, count=2, ranks=None) -> list:  # noqa: B006
-        """`count` processes of one run on this machine, or those of `ranks`.
+        """Start `count` processes of one run on this machine, or only those of `ranks`.
 
-        differing, environments: {number of a process: its own further flags, variables}.
+        differing, environments: {rank of a process: its additional flags, variables}.
         """
         common = [*flags, "--coordinator-address", f"127.0.0.1:{free_port()}", "--num-processes", str(count)]
         own = lambda i: ["--process-id", str(i), *differing.get(i, [])]
@@ -132,7 +135,7 @@ class Launcher:
         return [self.start(script, *common, *own(i), **environment(i)) for i in ranks or range(count)]
 
     def run_all(self, script, *runs: list[str]) -> list[dict]:
-        """Summaries of runs given by their flags."""
+        """Run the script with each list of flags and return the summaries."""
         with ThreadPoolExecutor(2) as pool:
             return list(pool.map(lambda flags: self.run(script, *flags), runs))
 
@@ -142,8 +145,8 @@ def launcher(tmp_path):
     return Launcher(tmp_path)
 
 
-# Stands in for every program that the documents and shell scripts call. It writes down what it is given; sbatch runs
-# its script as SLURM would run index $INDEX of an array, and notes how many tasks the header asks for.
+# Stands in for every program that the documents and shell scripts call, and records its arguments. As sbatch it also
+# runs the script, as SLURM would run index $INDEX of an array, and records how many tasks the header asks for.
 STAND_IN = f"""#!{sys.executable} -SI
 import json, os, re, subprocess, sys
 
@@ -168,7 +171,7 @@ sys.exit(int(os.environ.get("EXIT_" + tool, 0)))
 
 @pytest.fixture
 def type_in(tmp_path, monkeypatch):
-    """Types a text in a shell; returns [words, source, tasks, GPUs, platforms] of every program that it called."""
+    """Runs a text in a shell and returns [words, source, tasks, GPUs, platforms] of every program called."""
     tools, records = tmp_path / "tools", tmp_path / "records"
     tools.mkdir()
     for name in ["pip", "uv", "python", "tensorboard", "sbatch", "srun", "scontrol"]:
@@ -192,7 +195,7 @@ def type_in(tmp_path, monkeypatch):
 
 @pytest.fixture
 def type_sweep(monkeypatch, capsys):
-    """Flags of benchmark/run.py -> what it prints; for --dry-run and --slurm, which run nothing."""
+    """Calls benchmark/run.py and returns its output. For --dry-run and --slurm, which start no run."""
     run = load("benchmark/run")
 
     def type_sweep(*flags: str) -> str:
@@ -203,7 +206,7 @@ def type_sweep(monkeypatch, capsys):
     return type_sweep
 
 
-# A run of four updates with a checkpoint after every second, and what a longer one has.
+# Flags of a run of four updates with a checkpoint every two updates, and what a longer run changes.
 TINY = dict(img_size=16, channels=(4,), local_num_envs=4, num_actor_threads=1, num_steps=8,
             num_minibatches=1, log_frequency=1, checkpoint_frequency=2, total_timesteps=4 * 32)  # fmt: skip
 LONGER = dict(total_timesteps=6 * 32)
@@ -214,7 +217,7 @@ class PowerCut(Exception):
 
 
 def train_until(script, monkeypatch, update, **flags):
-    """Start a run of the name "it" and end it without warning after `update`."""
+    """Start a run named "it" and end it without warning after `update`."""
     log = script.Report.update
 
     def cut(report, *args):
@@ -235,15 +238,15 @@ def resume(script, **flags):
 
 @pytest.fixture(scope="module")
 def whole():
-    """(script, flags) -> the hash of the uninterrupted run, played once."""
+    """(script, flags) -> the hash of the uninterrupted run, trained once."""
     return cache(lambda script, **flags: script.train(script.Args(**TINY | flags))["params_sha256"])
 
 
 class CountingPool:
     """Stands in for an EnvPool pool: the observation encodes (env, t), the reward is t, episodes last 3 + env steps.
 
-    Like EnvPool it resets on the step after an episode's end, ignoring the action; episodes of odd environments end by
-    a time limit. `log` holds (t of the observation acted on, action) of every step of environment 0.
+    Like EnvPool, it resets on the step after an episode's end and ignores the action. Episodes of odd environments end
+    by a time limit. `log` holds (t of the observation acted on, action) for every step of environment 0.
     """
 
     def __init__(self, num_envs: int, size: int = 8):
@@ -276,3 +279,21 @@ class CountingPool:
 @pytest.fixture
 def counting_pool():
     return CountingPool
+
+
+def write_run(logs, *, game="Pong-v5", exp="ppo", seed=1, name=None, purge_step=None, impala=False, **summary):
+    """Write a run's directory below runs. logs: [(step, seconds, mean return or None, finished games)]."""
+    directory = Path("runs") / (name or f"{game}__{exp}__{seed}__20261124-120000-1")
+    flags = dict(exp_name=exp, env_id=game, seed=seed, total_timesteps=1000) | ({} if impala else dict(clip_coef=0.1))
+    writer = EventFileWriter(str(directory), filename_suffix=f".{purge_step or 0:09}")
+    (directory / "run.json").write_text(json.dumps({"args": flags}))
+    writer.add_event(Event(step=purge_step or 0, session_log=SessionLog(status=SessionLog.START)))
+    for step, seconds, score, games in logs:
+        scalars = {"charts/SPS": step / seconds, "stats/episodes": games}
+        scalars |= {} if score is None else {"charts/avg_episodic_return": score}
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        writer.add_event(Event(step=step, summary=Summary(value=values)))
+    writer.close()
+    if summary:
+        (directory / "summary.json").write_text(json.dumps(summary))
+    return directory

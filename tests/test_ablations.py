@@ -1,4 +1,4 @@
-"""benchmark/ablations.py: its patches and its interval; benchmark/tiny_game.py, which it plays."""
+"""benchmark/ablations.py, its patches and its confidence interval, and benchmark/tiny_game.py, the game it plays."""
 
 import math
 
@@ -22,7 +22,7 @@ def place(pool, column, paddle):
 
 
 def test_a_caught_and_a_missed_block():
-    """Three rows are two moves; the step after the end only resets."""
+    """Three rows allow two moves. The step after the end only resets."""
     pool = tiny_game.Catch([1], height=3)
     place(pool, 5, 3)
     assert play(pool, [2, 2, 0]) == [[0, 1, 0], [False, True, False], [False] * 3]
@@ -32,7 +32,7 @@ def test_a_caught_and_a_missed_block():
 
 
 def test_a_point_that_comes_late():
-    """Nothing moves while it is awaited."""
+    """Nothing moves until the point arrives."""
     pool = tiny_game.Catch([1], height=3, delay=3)
     place(pool, 5, 3)
     assert play(pool, [2, 2, 0, 0, 0]) == [[0, 0, 0, 0, 1], [False] * 4 + [True], [False] * 5]
@@ -48,7 +48,7 @@ def test_a_time_limit_and_a_door():
     pool = tiny_game.Catch([1], height=3, limit=5)
     place(pool, 5, 5)
     rewards, terminated, truncated = play(pool, [1] * 5)
-    assert rewards[1] == 1  # and a new block falls
+    assert rewards[1] == 1  # a catch does not end the episode: a new block falls
     assert (terminated, truncated) == ([False] * 5, [False] * 4 + [True])
     place(pool, 5, 1)
     pool.over[:] = False
@@ -67,7 +67,7 @@ def test_every_block_can_be_caught(options):
 
 @pytest.mark.parametrize("ablation", [a for a in ablations.ABLATIONS if a.patches], ids=lambda a: a.variant[:20])
 def test_a_patch_takes_the_fix_out(script, ablation):
-    """The unpatched script has the text, and the patched one is whole."""
+    """The script contains the text that is replaced, and the patched script loads."""
     path = conftest.ROOT / f"{script.__name__}.py"
     text = path.read_text()
     assert any(old in text for old in ablation.patches)
@@ -80,7 +80,7 @@ def test_a_patch_takes_the_fix_out(script, ablation):
 
 @conftest.one_fast
 def test_a_run_that_plays_on_with_the_last_parameters(script, monkeypatch, tmp_path):
-    """As only the game with a time limit does. What a worker does to its process is taken back."""
+    """Only the game with a time limit does this. The test undoes what a worker does to its process."""
     (index,) = (i for i, ablation in enumerate(ablations.ABLATIONS) if "limit" in ablation.game)
     monkeypatch.setattr(ablations.tempfile, "tempdir", str(tmp_path))
     for name in ("stdout", "stderr"):
@@ -88,11 +88,11 @@ def test_a_run_that_plays_on_with_the_last_parameters(script, monkeypatch, tmp_p
     monkeypatch.setitem(ablations.sys.modules, script.__name__, script)
     row = ablations.run((conftest.ROOT / f"{script.__name__}.py", index, False, 1, 2048))
     assert (row["script"], row["fixed"]) == (script.__name__, False)
-    assert row["score"] > row["score_of_all_games"] > 0  # it can last longer
+    assert row["score"] > row["score_of_all_games"] > 0  # games without the limit can last longer
 
 
 def test_no_text_of_a_patch_is_out_of_date():
-    """Where a patch names texts that only one algorithm has, each is still in a script."""
+    """Every text that a patch replaces is still in a script, even if only one algorithm has it."""
     scripts = [(conftest.ROOT / f"{name}.py").read_text() for name in conftest.SCRIPTS]
     for old in {old for ablation in ablations.ABLATIONS for old in ablation.patches}:
         assert any(old in text for text in scripts), old

@@ -11,7 +11,7 @@ import pytest
 
 
 def counting_policy(script):
-    """Acts t modulo 4; everything else that a rollout holds comes from the script's own act, through a stub network."""
+    """Acts t modulo 4. The rest of a rollout comes from the script's own act, with a stub network."""
 
     def apply(params, obs):
         t = obs[:, 0, 0, 1].astype(np.int32)
@@ -51,14 +51,14 @@ def test_rows_line_up(script, counting_pool):
     length = 3 + np.arange(5)
     assert (action == t[:-1] % 4).all()  # obs[t] -> action[t]
     assert (reward == np.where(reset[:-1], 0, t[:-1])).all()  # action[t] -> reward[t]
-    assert (reset == (t == length)).all()  # the observation that arrived with the end of an episode
+    assert (reset == (t == length)).all()  # a reset row is the observation that arrives with an end
     assert (t[1:] == np.where(reset[:-1], 0, t[:-1] + 1)).all()  # a reset row leads to a first observation
     assert (terminated == (reset[1:] & (np.arange(5) % 2 == 0))).all()  # a time limit does not terminate
     assert pool.log == list(zip(t[:-1, 0], action[:, 0], strict=True))
 
 
 def test_one_program_plays(script, counting_pool):
-    """Also for the value of the last observation; an actor's parameters and key lie on its own device."""
+    """The same program computes the value of the last observation. Parameters and key are on the actor's device."""
     envs, (act, last) = script.Envs(counting_pool(num_envs=5)), counting_policy(script)
     params, key = jax.device_put(({"unused": np.zeros(3, np.float32)}, jax.random.key(0)), jax.devices()[1])
     for _ in range(2):
@@ -75,7 +75,7 @@ def test_games_count_each_step_once(script, counting_pool):
 
 
 def played(script, monkeypatch, pool, actor_id, updates):
-    """What one actor delivers for `updates`, under uniform logits."""
+    """Yield what one actor delivers for `updates`, with uniform logits."""
     network = type("Network", (), {"apply": lambda self, params, obs: (np.zeros((len(obs), 6)), np.zeros(len(obs)))})()
     monkeypatch.setattr(script, "make_env", lambda args, seeds, num_threads: pool(len(seeds)))
     monkeypatch.setattr(script, "ship", lambda rollout, *where: rollout)
@@ -90,7 +90,7 @@ def played(script, monkeypatch, pool, actor_id, updates):
 
 
 def test_actions_depend_on_actor_and_update_alone(script, counting_pool, monkeypatch):
-    """Actions are pure chance, drawn from (actor, update) and from nothing that came before."""
+    """Random actions depend on (actor, update) and on nothing that came before."""
 
     def actions(actor_id, updates):
         deliveries = played(script, monkeypatch, counting_pool, actor_id, updates)
@@ -103,7 +103,7 @@ def test_actions_depend_on_actor_and_update_alone(script, counting_pool, monkeyp
 
 
 def test_an_actor_that_is_stopped_ends(script, counting_pool, monkeypatch):
-    """In the middle of a rollout, and while it waits for parameters; with it goes its pool."""
+    """It ends in the middle of a rollout and while it waits for parameters, and its pool is freed."""
     pools = []
     make = lambda num_envs: pools.append(weakref.ref(pool := counting_pool(num_envs))) or pool
     for delivery in played(script, monkeypatch, make, 0, range(1, 9)):
@@ -122,7 +122,7 @@ def test_an_actor_that_is_stopped_ends(script, counting_pool, monkeypatch):
 
 @pytest.mark.parametrize("shard_envs", [1, 2, 3, 4, 6, 12])
 def test_pieces_come_together_as_they_were(script, shard_envs):
-    """Two actors of 6 environments; shards smaller than, larger than and across actors."""
+    """Two actors have 6 environments each. Shards are smaller than an actor's part, larger, or cross its border."""
     args = script.Args(num_shards=12 // shard_envs, local_num_envs=6, num_actor_threads=2, num_minibatches=1)
     _, devices, _ = script.set_up(args)
     batch = np.arange(3 * 12).reshape(3, 12)

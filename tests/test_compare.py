@@ -1,4 +1,4 @@
-"""benchmark/compare.py: the same or not, from where on, and what differs."""
+"""benchmark/compare.py: whether two runs are the same, where they diverge, and what differs."""
 
 import json
 import re
@@ -15,7 +15,7 @@ sha = lambda x: f"{x:064x}"
 
 
 def write_run(name, hashes, *, actors=2, platform=(), end="\n", **flags):
-    """A run's directory below runs. hashes: [(update, number of its hash)]."""
+    """Write a run's directory below runs. hashes: [(update, number that becomes its hash)]."""
     run = Path("runs") / name
     run.mkdir(parents=True, exist_ok=True)
     args = dict(seed=1, exp_name="a", channels=[4, 8], learner_device_ids=[0]) | flags
@@ -36,7 +36,7 @@ def compared(monkeypatch, capsys, a="a", b="b"):
 
 
 def test_the_same_as_far_as_both_logged(monkeypatch, capsys):
-    """Only what both have counts; a run that goes on may be writing its last line."""
+    """Only updates that both logged count. A run that still goes on may have written half of its last line."""
     write_run("a", [(1, 1), (10, 10), (20, 20), (30, 30)])
     write_run("b", [(1, 1), (5, 5), (10, 10), (15, 15), (20, 20)], end="\n30\tabc", log_frequency=5)
     code, out = compared(monkeypatch, capsys, "a", "runs/b")
@@ -61,7 +61,7 @@ def test_where_they_part_and_what_differs(monkeypatch, capsys):
 
 
 def test_all_of_the_platform_is_shown(monkeypatch, capsys):
-    """Also what only one of the runs has, and what does not change the bits in the end."""
+    """The table also shows what only one run has, and what turns out not to change the bits."""
     common = "fma sse4_1 sse4_2 f16c avx avx2 avx512f avx512dq avx512cd avx512bw avx512vl"
     a = {"processor": "AMD EPYC 7B13", "XLA_FLAGS": "--xla_a=1", "jax_enable_x64": True, "instruction set": common}
     b = {"processor": "Intel Xeon", "XLA_FLAGS": "", "instruction set": f"{common} amx_bf16 amx_int8"}
@@ -80,7 +80,7 @@ def test_all_of_the_platform_is_shown(monkeypatch, capsys):
 
 @pytest.mark.parametrize("text", ["", '{"args": {"seed": 1', "[]", '{"args": {}}', None])
 def test_without_a_whole_run_json_the_hashes_are_compared(monkeypatch, capsys, text):
-    """Half-written, of an older version, or none."""
+    """run.json may be half-written, from an older version, or missing."""
     write_run("a", [(1, 1), (2, 2)])
     write_run("b", [(1, 1), (2, 3)], seed=2)
     record = Path("runs/b/run.json")
@@ -109,7 +109,7 @@ def test_nothing_explains_it(monkeypatch, capsys):
 
 
 def test_what_a_resumed_run_writes_again_counts(monkeypatch, capsys):
-    """It was at 40 and is back at 20: what it wrote then is no longer its."""
+    """Run b was at update 40 and resumed before 20. What it had logged from 20 on no longer counts."""
     write_run("a", [(1, 1), (10, 10), (20, 20), (30, 30), (40, 40)])
     write_run("b", [(1, 1), (10, 10), (20, 21), (30, 31), (40, 41), (20, 20)])
     assert compared(monkeypatch, capsys)[0] == 0
@@ -134,7 +134,7 @@ def test_errors(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_real_runs(monkeypatch, capsys):
-    """Another log frequency and a resume change nothing."""
+    """A different log frequency and a resume change nothing."""
     script = conftest.load("cleanba_ppo_envpool")
     small = dict(env_id="Breakout-v5", img_size=16, channels=(4,), hiddens=(16,), local_num_envs=4, num_steps=4)
     small |= dict(num_actor_threads=1, num_minibatches=1, update_epochs=1, start_fresh=True, checkpoint_frequency=1)
@@ -149,7 +149,7 @@ def test_real_runs(monkeypatch, capsys):
 
 
 def test_a_model_to_start_from_changes_the_bits(monkeypatch, capsys):
-    """It is no hyper-parameter, because a resumed run does not load it again."""
+    """--load-model is not a hyper-parameter, because a resumed run does not load the model again."""
     write_run("a", [(1, 1)])
     write_run("b", [(1, 2)], load_model="model.msgpack")
     _, out = compared(monkeypatch, capsys)

@@ -1,10 +1,9 @@
-"""What the documents say is true: every command can be typed, every table agrees with the code."""
+"""The documents are true: every command is valid, and every table agrees with the code."""
 
 import re
 import shlex
 import subprocess
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 
 import conftest
@@ -19,10 +18,8 @@ DOCUMENTS = ["README.md", "benchmark/README.md", "benchmark/results/README.md"]
 
 
 def check(program: str, flags: list[str], tasks: int, gpus: str | None) -> None:
-    """Hold flags against a program as it does itself, on a machine of eight devices, without starting anything."""
-    if program in ("benchmark/plot", "benchmark/learns") and not find_spec("rliable"):
-        return  # cannot be installed with this Python
-    module = conftest.load("cleanba_ppo_envpool" if program == "mine" else program)  # which README copies to mine.py
+    """Check flags as the program itself does on a machine with eight devices, without starting anything."""
+    module = conftest.load("cleanba_ppo_envpool" if program == "mine" else program)  # README copies this to mine.py
     if program == "benchmark/gpu":  # its arguments are scripts with their flags
         for name, *own in map(str.split, flags):
             check(name.removesuffix(".py"), own, 1, None)
@@ -36,7 +33,7 @@ def check(program: str, flags: list[str], tasks: int, gpus: str | None) -> None:
 
 
 def test_every_command_that_we_tell_people_to_type_is_valid(type_in, type_sweep, capsys):
-    """Commands are caught where the shell hands them over; a sweep's become those of its runs, and those of SLURM."""
+    """Stand-ins record every command that a shell starts. A sweep is expanded to its runs and its SLURM jobs."""
     records, sources = [], Counter()
     for document in (path for path in DOCUMENTS if (conftest.ROOT / path).exists()):
         for block in re.findall(r"```bash\n(.*?)```", (conftest.ROOT / document).read_text(), re.DOTALL):
@@ -66,7 +63,7 @@ def test_every_command_that_we_tell_people_to_type_is_valid(type_in, type_sweep,
 def test_flags_of_the_readme_are_valid(script):
     """Every command line and every row of flags in README.md and the docstring passes the scripts' own validation."""
     text = README + script.__doc__.replace("THIS_FILE", script.__name__)
-    text = "\n".join(line for line in text.splitlines() if "benchmark/" not in line)  # those the test above checks
+    text = "\n".join(line for line in text.splitlines() if "benchmark/" not in line)  # the test above checks those
     text = text.replace("$address", "127.0.0.1:9876")
     lines = re.findall(rf"{script.__name__}\.py (--[^`#\n(&]*)", text) + re.findall(
         r"`(--actor-device-ids [^`]*)`", text
@@ -79,7 +76,7 @@ def test_flags_of_the_readme_are_valid(script):
 
 
 def test_flags_of_the_slurm_template_are_valid(script):
-    """For the two tasks that it starts; as bash it parses."""
+    """They are valid for the two tasks that it starts, and the template is valid bash."""
     path = conftest.ROOT / "benchmark" / "slurm.sbatch"
     assert subprocess.run(["bash", "-n", path]).returncode == 0
     line = re.search(r'--distributed (.*?)"\$@"', path.read_text(), re.DOTALL).group(1).replace("\\\n", " ")
@@ -114,7 +111,7 @@ def test_lines_that_differ_are_counted(sibling):
 )
 def test_forks_are_listed_with_their_sizes(path):
     shown, diff = path.read_text().split("\n--- ")
-    assert len(shown.strip().splitlines()) == 1  # what it shows
+    assert len(shown.strip().splitlines()) == 1  # one line says what the fork shows
     added, removed = (len(re.findall(rf"^\{sign}(?!\+\+ )", diff, re.M)) for sign in "+-")
     assert re.search(rf"^\| `{path.name}` \|.*\| {added}, {removed} \|$", README, re.M), (added, removed)
     assert f"**`{path.name}`**" in (path.parent / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""Seeds, and EnvPool as it is."""
+"""Seeds of environments, and the behaviour of the real EnvPool."""
 
 import os
 
@@ -18,7 +18,7 @@ def play(script, envs, steps=60):
 
 
 def test_seeds_are_distinct(script):
-    """Over 64 actors of 64 environments, neighbouring run seeds and generations of pools."""
+    """They differ between 64 actors of 64 environments, neighbouring run seeds and generations of pools."""
     runs = [script.env_seeds(seed, generation, 0, 4096) for seed in (1, 2) for generation in (0, 1)]
     seeds = [seed for run in runs for seed in run]
     assert len(set(seeds)) == len(seeds)
@@ -36,7 +36,7 @@ def test_streams_do_not_depend_on_the_split_into_pools(script, threads):
     seeds = script.env_seeds(1, 0, 0, 6)
     whole = play(script, script.Envs(script.make_env(args, seeds, 2)))
     first = play(script, script.Envs(script.make_env(args, seeds[:2], threads)))
-    # environments 2 to 5 alone would get other actions; the first two get the same ones in both pools
+    # `play` chooses actions by the place in a pool, so only the first two environments get the same ones in both
     for together, apart in zip(whole, first, strict=True):
         np.testing.assert_array_equal(together[:, :2], apart)
     assert not np.array_equal(whole[0][:, 0], whole[0][:, 1])

@@ -1,4 +1,4 @@
-"""benchmark/evaluate.py, on Berzerk, whose games are short for a player without any skill."""
+"""benchmark/evaluate.py, on Berzerk, where games of an unskilled player are short."""
 
 import base64
 import json
@@ -42,7 +42,7 @@ def fresh_model(script, **flags):
 
 
 def refused(capsys, script, *words, **flags) -> str:
-    """The one line that says why nothing can be played."""
+    """Return the line that says why nothing can be played."""
     with pytest.raises(SystemExit) as end:
         evaluated(script, *words, **flags)
     assert end.value.code == 2
@@ -69,7 +69,7 @@ def ppo():
 
 @conftest.one_fast
 def test_scores_and_film(script, capsys, monkeypatch):
-    """The scores are those of play_games; the film is the first game, all of it and no more, in its colours."""
+    """The scores are those of play_games. The film shows exactly the first game, in its colours."""
     model = make_model(script)
     frames, over, env_options = [], [], script.env_options
 
@@ -96,7 +96,7 @@ def test_scores_and_film(script, capsys, monkeypatch):
 
     film, meta = imageio.imread("films/game.mp4"), imageio.immeta("films/game.mp4")
     assert (meta["codec"], meta["fps"]) == ("h264", 15)
-    assert film.shape == (1 + len(frames), 420, 320, 3)  # the first observation, and one after every step
+    assert film.shape == (1 + len(frames), 420, 320, 3)  # the first observation, and one per step
     assert np.abs(film[1:, ::2, ::2].astype(int) - frames).mean() < 2
     np.testing.assert_allclose(np.median(film[:, 20, 12], axis=0), [84, 92, 214], atol=12)  # a wall: blue
 
@@ -111,7 +111,7 @@ def test_greedy_is_the_first_of_the_most_probable_actions(script):
 
 
 def check_run(script, name, scores, sha256, update, capsys):
-    """The run plays from its model, and without one from the newest of its checkpoints, of which none is taken away."""
+    """The run plays with its model, or without one with its newest checkpoint. No checkpoint is removed."""
     directory = Path("runs") / name
     before = sorted(path for path in directory.rglob("*") if path.name != "model.msgpack")
     capsys.readouterr()
@@ -126,7 +126,7 @@ def check_run(script, name, scores, sha256, update, capsys):
 
 @pytest.fixture
 def run(ppo):
-    """A run with a model and three checkpoints, the newest of which is not whole. There is no run.json."""
+    """A run with a model, three checkpoints and no run.json. The newest checkpoint is truncated."""
     args, network, params = make_model(ppo)
     Path("runs/one/checkpoints").mkdir(parents=True)
     Path("model.msgpack").rename("runs/one/model.msgpack")
@@ -148,7 +148,7 @@ def test_a_run_by_its_name(ppo, run, capsys):
 
 
 def test_every_checkpoint(ppo, run, capsys):
-    """One line of the CSV for each that can be read, oldest first; 2 actors of 64 environments play 128 steps."""
+    """The CSV has a line for each readable checkpoint, oldest first. An update is 2 x 64 environments, 128 steps."""
     args, network, params, older = run
     expected = [ppo.play_games(args, network, p, 2) for p in (older, params)]
     assert evaluated(ppo, "one", every_checkpoint=True) == expected[1]
@@ -164,7 +164,7 @@ def test_every_checkpoint(ppo, run, capsys):
 
 
 class Endless(conftest.CountingPool):
-    """Scores 1 with every step. The games of environment 0 have 12 steps, those of environment 1 do not end."""
+    """Every step scores 1. Games of environment 0 have 12 steps, and games of environment 1 do not end."""
 
     def __init__(self):
         super().__init__(2, 16)
@@ -176,7 +176,7 @@ class Endless(conftest.CountingPool):
 
 @pytest.mark.parametrize(("steps", "scores", "cut"), [(30, [12, 30], 1), (12, [12, 12], 1), (7, [7, 7], 2)])
 def test_a_game_that_does_not_end_is_cut(ppo, monkeypatch, capsys, steps, scores, cut):
-    """It counts with its score so far, if it does not end with the last step. A terminal shows the progress."""
+    """It counts with its score so far, unless it ends with the last step. A terminal shows the progress."""
     make_model(ppo)
     monkeypatch.setattr(evaluate, "load_script", lambda path: ppo)
     monkeypatch.setattr(ppo, "make_env", lambda *_: Endless())
@@ -207,7 +207,7 @@ def test_a_real_run(script, capsys):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A stand-in for the Hub: what was created and committed there. Models and films are large files to it."""
+    """A stand-in for the Hub. It records what is created and committed, and stores models and films as large files."""
     hub = SimpleNamespace(repos=[], commits=[], files={}, open=True)
     large = {}
 
@@ -254,14 +254,14 @@ def hub(monkeypatch):
         hub.url = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its storage has no stand-in
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # Xet storage has no stand-in
         monkeypatch.setenv("HF_TOKEN", "hf_key")
         yield hub
         server.shutdown()
 
 
 def test_upload(ppo, hub, capsys):
-    """One commit with all that another person needs, who gets the same scores, as one does without a film."""
+    """One commit holds all that another person needs to get the same scores. The film does not change them."""
     args, network, params = make_model(ppo)
     sha256, name = ppo.params_sha256(params), f"{PPO}.py"
     Path("summary.json").write_text(json.dumps({"params_sha256": sha256}))
@@ -299,7 +299,7 @@ def test_half_a_summary_is_not_uploaded(ppo, hub, capsys):
 
 @pytest.mark.parametrize("reachable", [True, False])
 def test_nothing_is_lost_without_the_hub(ppo, hub, monkeypatch, reachable):
-    """A refusal, or no answer at all: the files are there, and the command that the message gives uploads them."""
+    """After a refusal or no answer at all, the files are kept, and the command in the message uploads them."""
     make_model(ppo)
     Path("summary.json").write_text(json.dumps({"params_sha256": "of later parameters"}))
     Path("upload").mkdir()
@@ -355,7 +355,7 @@ def test_errors_come_before_any_game(ppo, flags, message, monkeypatch, capsys):
     [
         (PPO, IMPALA, {}, "unexpected keyword argument"),
         (IMPALA, PPO, {}, f"was trained by {IMPALA}.py, not by {PPO}.py. For example: .*{IMPALA}.py"),
-        (PPO, WRAPPER, {}, f"was trained by {PPO}.py"),  # both with the 18 actions of Berzerk
+        (PPO, WRAPPER, {}, f"was trained by {PPO}.py"),  # both have the 18 actions of Berzerk
         (PPO, WRAPPER, {"env_id": "Breakout-v5", "exp_name": "mine"}, f"has not the network of {WRAPPER}.py"),
     ],
 )
@@ -365,7 +365,7 @@ def test_script_and_model_must_fit(trained, played, flags, message, capsys):
 
 
 def test_without_the_extras(ppo, monkeypatch, capsys):
-    """The scores need neither; what needs them says what to install."""
+    """Scores need neither extra. A flag that needs one says what to install."""
     make_model(ppo)
     for package in ("imageio", "imageio.v2", "imageio_ffmpeg", "huggingface_hub"):
         monkeypatch.setitem(sys.modules, package, None)

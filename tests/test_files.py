@@ -1,4 +1,4 @@
-"""Models and checkpoints from strangers are refused in one line or loaded; they run no code, take no memory or time."""
+"""Untrusted models and checkpoints are refused in one line or loaded, run no code and take little memory and time."""
 
 import contextlib
 import errno
@@ -27,7 +27,7 @@ TINY = dict(img_size=8, channels=(2,), hiddens=(4,), local_num_envs=4, num_actor
 IT = dict(resume="it")
 
 # === what must not happen while a file is read ========================================================================
-happened, watching = [], []  # events of the audit hook, which cannot be taken away again; whether it listens
+happened, watching = [], []  # events of the audit hook, which cannot be removed; the folder it watches, if any
 RUNS_CODE = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pickle.find_class")
 RUNS_CODE += ("ctypes.dlopen", "socket.connect", "marshal.loads", "code.__new__")
 
@@ -48,7 +48,7 @@ sys.addaudithook(listen)
 
 @contextlib.contextmanager
 def guarded(directory: Path):
-    """No code, no file written outside `directory`, less than 1 GiB more, and less than 5 s."""
+    """Require that no code runs, no file outside `directory` is written, and less than 1 GiB and 5 s are needed."""
     old, pages = resource.getrlimit(resource.RLIMIT_AS), int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, old[1]))
     happened.clear()
@@ -65,7 +65,7 @@ def guarded(directory: Path):
 
 # === mutants ==========================================================================================================
 def sealed(body: bytes) -> bytes:
-    """With its SHA-256, which a stranger can compute too."""
+    """Prepend the SHA-256 of `body`, which a stranger can compute too."""
     return hashlib.sha256(body).digest() + body
 
 
@@ -75,7 +75,7 @@ def array(shape, dtype, buffer) -> msgpack.ExtType:
 
 
 def packed(x) -> msgpack.ExtType:
-    """What msgpack itself cannot write."""
+    """Encode what msgpack itself cannot write."""
     return array(x.shape, x.dtype.str, x.tobytes()) if isinstance(x, np.ndarray | np.generic) else msgpack.ExtType(*x)
 
 
@@ -84,7 +84,7 @@ def nested(depth: int) -> dict:
 
 
 chunked = lambda shape, chunks: {"__msgpack_chunked_array__": True, "shape": shape, "chunks": chunks}
-HEADS = bytes.fromhex("c0 c1 c6 c9 c7 d9 db dc dd de df 8f 9f 80 90 ff 00 7f cb cf")  # of other types and huge lengths
+HEADS = bytes.fromhex("c0 c1 c6 c9 c7 d9 db dc dd de df 8f 9f 80 90 ff 00 7f cb cf")  # different types, huge lengths
 WRONG_JSON = [None, True, 0, -1, 2, 10**6, 10**9, 10**30, 1.5, float("nan"), float("inf"), "", "x", [], {}, [1], [[1]]]
 WRONG_JSON += [{"a": 1}, [None], ["x"], [1] * 20, [10**9], nested(50), "../../x", "x" * 10**5]
 ODD_TEXT = ["", "{", "[]", "1", "null", "[" * 10**5, '{"a":' * 10**5, "1" * 10**4, '{"no_flag": 1}', b"{}", 3, None]
@@ -110,7 +110,7 @@ BODIES += [head * depth + b"\xc0" for head in (b"\x91", b"\x81\xa1a") for depth 
 
 
 def spoil(content, chance):
-    """Something in a tree of dicts is replaced, taken away or added; JSON in it is spoiled as JSON."""
+    """Replace, remove or add something in a tree of dicts. JSON text in it is changed as JSON."""
     key = chance.choice(sorted(content, key=str))
     here, how = content[key], chance.random()
     if isinstance(here, dict) and here and how < 0.8:
@@ -124,7 +124,7 @@ def spoil(content, chance):
 
 
 def mutants(good: bytes, number: int, seed: int):
-    """(what was done, bytes): damaged ones, and as many with the right hash."""
+    """Yield (what was done, bytes). Half of the files are damaged, and half have a valid hash."""
     chance, body = random.Random(seed), good[32:]
     structure = [i for match in re.finditer(rb"[\x20-\x7e]{3,}", body) for i in range(match.start() - 1, match.end())]
     for i in range(number):
@@ -132,7 +132,7 @@ def mutants(good: bytes, number: int, seed: int):
         kind = ("bits", "heads", "tree", "tree", "cut", "bodies", "tree")[chance.randrange(7)]
         if not seal:
             data, kind = bytearray(good), ("bits", "cut", "longer", "empty")[chance.choice([0, 0, 0, 1, 2])]
-        for _ in range(chance.choice([1, 1, 2, 8])):  # half of them where names and lengths are
+        for _ in range(chance.choice([1, 1, 2, 8])):  # with a hash, half of the time at names and lengths
             at = chance.choice(structure) if where < 0.5 and seal else chance.randrange(len(data))
             if kind == "bits":
                 data[at] ^= 1 << chance.randrange(8)
@@ -158,7 +158,7 @@ form = lambda tree: jax.tree.map(lambda x: (np.shape(x), np.asarray(x).dtype.kin
 
 @pytest.fixture
 def model(script, tmp_path):
-    """(path, Args, params) of a model that was saved."""
+    """(path, Args, params) of a saved model."""
     args = script.Args(**TINY)
     params = script.make_network(args).init(jax.random.key(0), np.zeros((1, *script.env_spec(args)[0]), np.uint8))
     path = tmp_path / "model.msgpack"
@@ -168,7 +168,7 @@ def model(script, tmp_path):
 
 @conftest.one_fast
 def test_a_thousand_strange_models(script, model, tmp_path):
-    """Damage is refused in one line. With a hash that a stranger computed, what comes may be odd, but harmless."""
+    """A damaged model is refused in one line. A model with a recomputed hash may be odd but does no harm."""
     path, _, _ = model
     good, seen, wrong = path.read_bytes(), Counter(), []
     for i, (kind, data) in enumerate(mutants(good, 1000, seed=1)):
@@ -191,7 +191,7 @@ def test_a_thousand_strange_models(script, model, tmp_path):
 @pytest.mark.parametrize("size", [-1, 30_000, 10**9])
 @conftest.one_fast
 def test_a_model_of_huge_images(script, model, tmp_path, size):
-    """Gymnasium's space of them would be arrays of that size, from a file of 3 KB."""
+    """A file of 3 KB must not allocate arrays of that size for Gymnasium's observation space."""
     path, *_ = model
     content = serialization.msgpack_restore(path.read_bytes()[32:])
     content["args"] = json.dumps(json.loads(content["args"]) | {"img_size": size})
@@ -201,12 +201,12 @@ def test_a_model_of_huge_images(script, model, tmp_path, size):
 
 
 class Reached(Exception):
-    """A resumed run is about to play."""
+    """Raised when a resumed run is about to play."""
 
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory):
-    """(script) -> a folder with the run "it" in it, two checkpoints long, and the tree that `train` restores."""
+    """(script) -> a folder with the run "it" and its two checkpoints, and the tree that `train` restores."""
 
     @cache
     def play(script):
@@ -229,7 +229,7 @@ def played(tmp_path_factory):
 
 @pytest.fixture
 def stopped_run(script, played, tmp_path):
-    """The run "it", here; (the tree that `train` restores, the newest of two checkpoints)."""
+    """Copies the run "it" here. Returns (the tree that `train` restores, the newest of two checkpoints)."""
     folder, tree = played(script)
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     kept = sorted(Path("runs/it/checkpoints").glob("*.msgpack"))
@@ -238,7 +238,7 @@ def stopped_run(script, played, tmp_path):
 
 
 def resume(script, args, tree) -> int:
-    """What `train` does until it plays; the update from which it goes on."""
+    """Do what `train` does until it plays. Return the update from which it resumes."""
     sizes, devices, record = script.set_up(args)
     report = script.Report(args, sizes, record)
     if not report.checkpoint:
@@ -255,7 +255,7 @@ def resume(script, args, tree) -> int:
 
 @conftest.one_fast
 def test_three_hundred_strange_checkpoints(script, stopped_run, tmp_path, capsys):
-    """A damaged one gives way to the older, with one line. With a hash that a stranger computed it is harmless."""
+    """A damaged checkpoint is skipped, with one line, for the older one. With a recomputed hash it does no harm."""
     tree, path = stopped_run
     args, good, wrong, seen = script.Args(**TINY | IT), path.read_bytes(), [], Counter()
     for i, (kind, data) in enumerate(mutants(good, 300, seed=2)):
@@ -284,7 +284,7 @@ def test_three_hundred_strange_checkpoints(script, stopped_run, tmp_path, capsys
 )
 @conftest.one_fast
 def test_what_cannot_be_read_now_is_not_damaged(script, stopped_run, monkeypatch, error):
-    """The run ends; it neither goes on from an older checkpoint nor starts afresh, and nothing on disk changes."""
+    """After a read error the run ends. It uses no older checkpoint, does not start afresh and changes no file."""
     _, path = stopped_run
     files = lambda: {path: path.read_bytes() for path in Path("runs/it").rglob("*") if path.is_file()}
     before, read = files(), Path.read_bytes
@@ -304,7 +304,7 @@ def test_what_cannot_be_read_now_is_not_damaged(script, stopped_run, monkeypatch
 
 @conftest.one_fast
 def test_a_file_that_cannot_be_unpacked_now(script, stopped_run, monkeypatch):
-    """Out of memory while a checkpoint is unpacked."""
+    """Running out of memory while a checkpoint is unpacked ends the run."""
 
     def fail(data):
         raise MemoryError

@@ -1,4 +1,4 @@
-"""Flags that cannot work end a script before anything is built, with one message that helps."""
+"""Invalid flags end a script with one helpful message before anything is built."""
 
 import re
 import resource
@@ -60,7 +60,7 @@ def test_bad_flag(script, line, monkeypatch, capsys):
     shown = " ".join(str(FLOATS.get(flag[2:], str)(v)) for v in value) or "(empty)"
     assert message.startswith(f"error: {flag} {shown}: ")
     assert "\n" not in message
-    # the value that works, works
+    # the value that the message suggests is valid
     remedy = message.split("For example: ")[1].split()
     rest = [word for part in line.split(" --")[1:] for word in f"--{part}".split()]
     script.set_up(tyro.cli(script.Args, args=[*rest, *remedy]))
@@ -80,7 +80,7 @@ BAD_PLACES = [
 
 @pytest.mark.parametrize("line", BAD_PLACES)
 def test_a_place_among_processes_that_cannot_be(script, line, monkeypatch):
-    """Told before any other process is waited for."""
+    """The error comes before the process waits for any other."""
     monkeypatch.setattr(jax._src.xla_bridge, "backends_are_initialized", lambda: False)
     monkeypatch.setattr(jax._src.distributed._jax, "get_distributed_runtime_service", pytest.fail)
     args = tyro.cli(script.Args, args=line.split())
@@ -89,14 +89,14 @@ def test_a_place_among_processes_that_cannot_be(script, line, monkeypatch):
 
 
 def test_many_processes_need_shards_for_all(script):
-    """A shard is not divided between two learner devices, of whatever process."""
+    """A shard is never split between two learner devices, so those of all processes count."""
     with pytest.raises(script.FlagError, match=r"--num-shards 4: .* a multiple of the learner devices \(3\)"):
         script.check_args(script.Args(num_shards=4), 3)
     assert script.check_args(script.Args(num_shards=12), 3).steps == 3 * script.check_args(script.Args()).steps
 
 
 def test_the_value_that_works_is_near(script):
-    """Where no number of shards fits three learner devices, the number of environments does not fall to a few."""
+    """If no number of shards fits three learner devices, the suggested number of environments stays close."""
     with pytest.raises(script.FlagError, match=r"For example: --num-shards 3 --local-num-envs 60$"):
         script.check_args(script.Args(learner_device_ids=(0, 1, 2), local_num_envs=64))
 
@@ -108,14 +108,14 @@ def test_the_name_that_envpool_has_for_a_game(script):
 
 
 def test_an_empty_resume(script):
-    """Which is the current directory where a path is made of it."""
+    """An empty path would mean the current directory."""
     with pytest.raises(script.FlagError, match=r"^--resume \(empty\): must not be empty\."):
         script.check_args(script.Args(resume=""))
 
 
 @conftest.one_fast
 def test_flags_from_a_notebook(script):
-    """Lists are as good as tuples; what has another type is refused before anything is written."""
+    """Lists work like tuples. A value of a different type is refused before anything is written."""
     tiny = dict(img_size=16, local_num_envs=4, num_actor_threads=1, num_steps=8, num_minibatches=1, total_timesteps=32)
     as_list = script.train(script.Args(**tiny, channels=[4, 8], learner_device_ids=[0]))
     as_tuple = script.train(script.Args(**tiny, channels=(4, 8)))
@@ -144,7 +144,7 @@ def test_flags_from_a_notebook(script):
     ],
 )
 def test_one_line_before_anything_is_done(script, launcher, tmp_path, flags, environment, message):
-    """Soon after the imports; of the processor's time, for another program may keep it busy."""
+    """The error comes soon after the imports, in CPU time, because other programs may slow the machine."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = launcher.start(script, *flags.split(), **environment)
     out, err = process.communicate(timeout=60)
@@ -152,7 +152,7 @@ def test_one_line_before_anything_is_done(script, launcher, tmp_path, flags, env
     assert err.startswith(f"error: {message}"), err
     assert err.count("\n") == 1, err
     assert process.returncode == 2
-    assert out == "" or "--distributed" in flags  # which says that it waits
+    assert out == "" or "--distributed" in flags  # --distributed prints that it waits
     assert not list(tmp_path.iterdir())
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
 
@@ -172,7 +172,7 @@ def test_track_without_wandb(script, monkeypatch):
 
 
 def test_every_flag_is_explained(script, monkeypatch, capsys):
-    """In the order of `Args`, each with its default."""
+    """--help lists the flags in the order of `Args`, each with its default."""
     monkeypatch.setattr(sys, "argv", ["script", "--help"])
     with pytest.raises(SystemExit):
         script.main()
@@ -183,7 +183,7 @@ def test_every_flag_is_explained(script, monkeypatch, capsys):
 
 
 def test_the_command_line_is_args(script):
-    """All flags have their defaults in `Args`, and what is typed arrives."""
+    """Every flag has its default in `Args`, and every typed value arrives there."""
     assert script.parse_args([]) == script.Args()
     line = "--env-id Pong-v5 --channels 4 8 --no-anneal-lr --resume it --compute-dtype bfloat16 --learning-rate 1e-3"
     flags = dict(env_id="Pong-v5", channels=(4, 8), anneal_lr=False, resume="it", compute_dtype="bfloat16")

@@ -1,4 +1,4 @@
-"""Every fork in tests/forks applies to its script, leaves nothing dead, runs, and keeps what the script promises."""
+"""Every fork in tests/forks applies to its script, leaves no dead code, runs, and keeps the script's promises."""
 
 import ast
 import re
@@ -19,7 +19,7 @@ tiny_game = conftest.load("benchmark/tiny_game")
 PATCHES = {path.stem: path for path in sorted((ROOT / "tests" / "forks").glob("*.patch"))}
 TINY = dict(local_num_envs=4, num_actor_threads=2, num_steps=8, num_minibatches=1, num_shards=4, log_frequency=1,
             checkpoint_frequency=2, total_timesteps=3 * 64)  # fmt: skip
-SHAPES = {  # of the forks that play on a simulator of EnvPool
+SHAPES = {  # of the forks that play EnvPool's simulators
     "nature_cnn": dict(img_size=36, channels=(4, 4, 4)),
     "minigrid": dict(channels=(4,)),
     "classic_control": {},
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def patched(tmp_path_factory):
-    """name -> its file, patched as README says."""
+    """name -> the path of the fork, patched as README says."""
 
     @cache
     def patched(name: str) -> Path:
@@ -56,7 +56,7 @@ def load(patched):
 
 @pytest.fixture
 def train(load, monkeypatch):
-    """A tiny run of a fork: (its name, further flags) -> summary."""
+    """(name of a fork, additional flags) -> the summary of a tiny run."""
 
     def train(name: str, **flags):
         script = load(name)
@@ -111,7 +111,7 @@ def test_what_is_dead_is_found():
 
 @each
 def test_it_runs(train, load, name):
-    """Three updates over a checkpoint, and games with the model, which can be read again."""
+    """A fork trains for three updates with a checkpoint, plays games with its model, and loads it again."""
     summary = train(name, save_model=True, eval_episodes=4)
     assert (summary["updates"], len(summary["evaluation"]["scores"])) == (3, 4)
     run = Path("runs", summary["run_name"])
@@ -122,7 +122,7 @@ def test_it_runs(train, load, name):
 
 
 def same_bits(train, load, monkeypatch, name):
-    """Whole on one device; cut between two checkpoints, then resumed on two; whole on two."""
+    """The bits are the same on one device, on two, and resumed on two after a cut between checkpoints."""
     whole, update = train(name), load(name).Report.update
 
     def cut(report, *arguments):
@@ -176,7 +176,7 @@ def test_the_cosine(load):
 
 
 def test_value_clipping(load):
-    """One row: value 3, target 5, value before 1, clip range 0.1: the value counts as 1.1."""
+    """One row with value 3, target 5, old value 1 and clip range 0.1: the value counts as 1.1."""
     script = load("value_clipping")
     column = lambda x: np.float32([x])
     behaviour = script.Behaviour(np.zeros(1, int), column(0), column(1))
@@ -185,7 +185,7 @@ def test_value_clipping(load):
     loss = lambda value: script.ppo_loss(value, apply, minibatch, script.Args())[1]["value_loss"]
     assert float(loss(3.0)) == pytest.approx(0.5 * 3.9**2)
     assert (float(jax.grad(loss)(3.0)), float(jax.grad(loss)(1.05))) == (0, pytest.approx(1.05 - 5))
-    assert float(loss(-1.0)) == pytest.approx(0.5 * 6**2)  # the wrong way: not clipped
+    assert float(loss(-1.0)) == pytest.approx(0.5 * 6**2)  # a step away from the target is not clipped
 
 
 # --- the LSTM ---
@@ -203,8 +203,8 @@ def counting(lstm, pool, count=2, num_steps=11):
     network = lstm.ActorCritic(4, (4,), (16,))
     params = jax.jit(network.init)(jax.random.key(0), np.zeros((1, 4, 8, 8), np.uint8))
     noise = lambda p: p + 0.5 * np.random.default_rng(p.size).normal(size=p.shape).astype(np.float32)
-    params = jax.tree.map(noise, params)  # all inputs matter
-    observe = lambda self: type(pool).observe(self) * np.uint8(20)  # so that time can be told apart
+    params = jax.tree.map(noise, params)  # so that all inputs matter
+    observe = lambda self: type(pool).observe(self) * np.uint8(20)  # so that the network can tell time steps apart
     pool.observe = observe.__get__(pool)
     envs, policy = lstm.Envs(pool), lstm.make_policy(network)
     play = lambda i: lstm.collect(envs, policy, params, jax.random.key(i), num_steps, defaultdict(float))
@@ -224,12 +224,12 @@ def unrolled(lstm, network, params, rollout):
 
 
 def test_the_learner_s_unroll_is_the_actor_s(lstm, counting_pool):
-    """Step by step, over ends of episodes and from one rollout to the next; and state, action, reward all matter."""
+    """The logits agree at every step, across ends of episodes and rollouts. State, action and reward all matter."""
     network, params, played = counting(lstm, counting_pool(num_envs=5))
     for rollout in played:
         logits = unrolled(lstm, network, params, rollout)
         np.testing.assert_allclose(logits[:-1], rollout.behaviour.logits, atol=1e-5, rtol=1e-5)
-    following = played[1].behaviour.logits[0]  # what the learner evaluates at obs[T], but with other zeros
+    following = played[1].behaviour.logits[0]  # the actor's at obs[T], where the learner's unroll ends
     np.testing.assert_allclose(unrolled(lstm, network, params, played[0])[-1], following, atol=1e-5, rtol=1e-5)
     past = played[1].past
     assert not past.is_first_row.all()
@@ -241,7 +241,7 @@ def test_the_learner_s_unroll_is_the_actor_s(lstm, counting_pool):
 
 
 def test_a_reset_row_ends_the_memory(lstm, counting_pool):
-    """It still has the memory of its episode, and the row after it has none."""
+    """A reset row still has the memory of its episode. The row after it has none."""
     network, params, played = counting(lstm, counting_pool(num_envs=5), num_steps=40)
     for rollout in played:
         logits, reset = rollout.behaviour.logits, rollout.is_reset_row[:-1]
@@ -254,7 +254,7 @@ def test_a_reset_row_ends_the_memory(lstm, counting_pool):
 
 
 def test_an_update_leaves_no_part_of_the_lstm_as_it_was(lstm, counting_pool):
-    """The gradient reaches the recurrent weights, and only by rows that count."""
+    """The gradient reaches the recurrent weights, and only through rows that count."""
     network, params, (rollout, _) = counting(lstm, counting_pool(num_envs=5))
     loss = lambda params, rollout: lstm.impala_loss(params, network.apply, rollout, lstm.Args())[0]
     gradient = lambda rollout: jax.jit(jax.grad(loss))(params, rollout)
@@ -267,9 +267,9 @@ def test_an_update_leaves_no_part_of_the_lstm_as_it_was(lstm, counting_pool):
 
 
 class Recall(tiny_game.Catch):
-    """The block is seen only where it starts, and the paddle moves only in the last step, by one column at most.
+    """The block is visible only where it starts, and the paddle moves only in the last step, by at most one column.
 
-    Who forgets where the block was catches four in ten, by staying: at an edge two of three draws are on one side.
+    A player without memory catches four in ten by staying: at an edge two of three draws place the paddle below it.
     """
 
     def begin(self, which):
@@ -291,7 +291,7 @@ class Recall(tiny_game.Catch):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_it_learns_what_needs_memory(load, monkeypatch, seed):
-    """Where IMPALA without the LSTM does not."""
+    """The LSTM learns this game, and IMPALA without it does not."""
     scores = []
     for script in (load("impala_lstm"), conftest.load("cleanba_impala_envpool")):
         monkeypatch.setattr(script, "LSTM_UNITS", 64, raising=False)
@@ -307,7 +307,7 @@ def test_it_learns_what_needs_memory(load, monkeypatch, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "score"), [("classic_control", 100), ("minigrid", 0.8)])
 def test_it_learns(load, name, score):
-    """Chance scores 22 in CartPole and below 0.2 in MiniGrid's empty room."""
+    """A random policy scores 22 in CartPole and below 0.2 in MiniGrid's empty room."""
     script = load(name)
     flags = dict(local_num_envs=16, num_steps=32, learning_rate=2e-3, total_timesteps=60_000, log_frequency=10**6)
     flags |= dict(channels=(16,), hiddens=(64,)) if name == "minigrid" else {}

@@ -96,4 +96,4 @@ def test_stop_wakes_a_waiting_actor(script):
     thread.start()
     handoff.stop()
     join([thread])
-    assert handoff.rollouts[7].empty()  # it ended in peace
+    assert handoff.rollouts[7].empty()  # the thread ended without an error

@@ -15,7 +15,7 @@ def script():
 
 
 def make_rollout(script, reward, terminated, done):
-    """A rollout of one environment per column; V-trace asks for nothing else."""
+    """A rollout with one environment per column and only the fields that V-trace needs."""
     column = lambda x, dtype: np.asarray(x, dtype).reshape(len(x), -1)
     done = column(done, bool)
     reset = np.concatenate([np.zeros((1, done.shape[1]), bool), done])
@@ -45,7 +45,7 @@ def test_vtrace_by_hand(script):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_vtrace_against_rlax(script, seed):
-    """Without time limits and reset rows V-trace is rlax's, whose advantage is the same number under these clips."""
+    """V-trace equals rlax's without time limits and reset rows. Under these clips rlax's advantage is the same."""
     rng = np.random.default_rng(seed)
     steps, gamma = 30, 0.97
     terminated = rng.random(steps) < 0.1
@@ -65,12 +65,12 @@ def test_vtrace_against_rlax(script, seed):
 
 
 def true_values(reward, terminated, reset, gamma, bootstrap):
-    """The return of every row when the values are right: rewards up to the end, then nothing or `bootstrap`."""
+    """The true value of every row: the rewards up to the end, then nothing or `bootstrap`."""
     value = np.zeros(len(reward) + 1)
     value[-1] = bootstrap
     for t in reversed(range(len(reward))):
         if reset[t]:
-            value[t] = 3.0  # of a last observation: whatever would have followed
+            value[t] = 3.0  # the value of a last observation may be anything
         else:
             value[t] = reward[t] + (0.0 if terminated[t] else gamma * value[t + 1])
     return value
@@ -79,7 +79,7 @@ def true_values(reward, terminated, reset, gamma, bootstrap):
 @pytest.mark.parametrize("gamma", [0.5, 0.9, 1.0])
 @pytest.mark.parametrize("steps", [5, 20, 50])
 def test_no_error_where_values_are_right(script, gamma, steps):
-    """On-policy with true values every error is zero; with rewards one row early or late it is not."""
+    """On-policy, true values make every error zero, but not with rewards one row early or late."""
     rng = np.random.default_rng(steps)
     done = np.zeros(steps, bool)
     done[2::4] = True
@@ -130,7 +130,7 @@ def test_loss_against_the_paper(script):
 
 
 def test_the_learner_sums_over_the_whole_minibatch(script):
-    """Four shards, one minibatch: the gradient is that of one sum over all environments, not a mean of four."""
+    """With four shards in one minibatch, the gradient is that of the sum over all environments, not a mean of four."""
     rollout, network = test_learner.noise(script), test_learner.Network()
     _, _, metrics = test_learner.update(script, rollout, num_minibatches=1)
     params = network.init(jax.random.key(0), rollout.obs[0])

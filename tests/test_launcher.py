@@ -19,7 +19,7 @@ import pytest
 
 run = conftest.load("benchmark/run")
 
-# What the launcher sees of a training script: its run directory, summary and exit code. The game says how it behaves.
+# What the launcher sees of a training script: its run directory, summary and exit code. The game sets its behaviour.
 STUB = """
 import argparse, json, os, pathlib, signal, sys, time
 
@@ -121,18 +121,18 @@ def test_a_failure_is_named_and_the_others_run(stub, tmp_path):
     for game, exit_code, last in [("Broken-v5", 1, "the screen is black"), ("Quiet-v5", 0, "[[")]:
         log = log_of(tmp_path, game).relative_to(tmp_path)
         assert f"failed (exit code {exit_code}): read {log}, which ends with: {last}" in out
-    # a second start leaves out what is finished
+    # a second start skips finished runs
     (tmp_path / "repaired").touch()
     code, out = sweep(stub, "--env-ids", "Broken-v5", "One-v5", "--seeds", "1")
     assert (code, out.splitlines()[-1]) == (0, "runs: 2 finished")
     assert starts(tmp_path) == {"Broken-v5 1": 2, "One-v5 1": 1, "Quiet-v5 1": 1}
-    # the log holds both attempts, with the commands as they can be pasted; both name one run
+    # the log holds both attempts, as commands that can be pasted, and both name the same run
     first, second = (line for line in log_of(tmp_path, "Broken-v5").read_text().splitlines() if line[0] == "$")
     assert first == second
     assert first.endswith(f"--resume {log_of(tmp_path, 'Broken-v5').parent.name} --start-fresh")
 
 
-# what a full disk, a crash or another program leaves of a file in JSON
+# what a full disk, a crash or another program leaves of a JSON file
 NOT_WHOLE = [b"", b'{"status": "finished"', b"\xff\xfe", b"[]", b"null"]
 
 
@@ -165,7 +165,7 @@ def test_a_run_without_room_on_the_disk_fails_and_the_others_run(stub, tmp_path)
 
 
 def test_a_sweep_without_the_gpus_that_it_asked_for_says_so_at_once(stub, tmp_path, monkeypatch):
-    """While the sweep goes on. Whoever sets JAX_PLATFORMS gets what they want."""
+    """The message comes while the sweep goes on. A JAX_PLATFORMS that the user sets is kept."""
     flags = ["--env-ids", "Gpu-v5", "Slow-v5", "--seeds", "1", "--gpus-per-worker", "1"]
     error = "error: a GPU was asked for, but the devices here are [0]"
     monkeypatch.delenv("JAX_PLATFORMS")
@@ -235,7 +235,7 @@ def test_a_terminal_shows_a_table(stub, tmp_path):
         os.close(outside)
     assert launcher.wait(60) == 1
     assert re.search(r"runs: 1 running, 1 waiting\r\n +0 min  Slow-v5__stub__1__\w+: \S", out)
-    assert "\x1b[1A\x1b[2K" in out  # drawn anew in the same place
+    assert "\x1b[1A\x1b[2K" in out  # redrawn in the same place
     assert re.search(r"failed: Broken-v5__stub__1__\w+: the screen is black\r\n", out)
 
 
@@ -338,14 +338,14 @@ def test_slurm_array(type_in, tmp_path, monkeypatch, type_sweep):
     job = f"sbatch <<'END'\n{text}END\n"
     _, (srun, *_) = type_in(job)
     assert srun == ["srun", "--kill-on-bad-exit=1", "--cpus-per-task=10", *words]
-    # preempted: back into the queue
+    # a preempted job goes back into the queue
     monkeypatch.setenv("EXIT_srun", "143")
     *_, (requeue, *_) = type_in(job, code=143)
     assert requeue == ["scontrol", "requeue", "7"]
-    # failed: not
+    # a failed job does not
     monkeypatch.setenv("EXIT_srun", "1")
     assert [record[0][0] for record in type_in(job, code=1)] == ["sbatch", "srun"]
-    # held by a launcher or another job
+    # a run that a launcher or another job holds is not started
     with (tmp_path / "runs" / name / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert [record[0][0] for record in type_in(job, code=1)] == ["sbatch"]
@@ -358,7 +358,7 @@ def test_slurm_array(type_in, tmp_path, monkeypatch, type_sweep):
 
 @pytest.mark.parametrize(("given", "used"), [(None, "cuda,cpu"), ("cpu", "cpu")])
 def test_jobs_for_gpus_say_so_to_jax(type_in, monkeypatch, given, used, type_sweep):
-    """Else JAX passes over GPUs that it cannot use. A job that asked for none is left alone."""
+    """Otherwise JAX passes over GPUs that it cannot use. A job without GPUs is left alone."""
     monkeypatch.delenv("JAX_PLATFORMS")
     if given is not None:
         monkeypatch.setenv("JAX_PLATFORMS", given)

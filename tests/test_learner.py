@@ -32,7 +32,7 @@ def noise(script, seed=0, steps=8, envs=16, actions=5):
 
 
 class Network(nn.Module):
-    """Cheap to compile; whole runs test the real network."""
+    """A network that compiles fast. Whole runs test the real one."""
 
     @nn.compact
     def __call__(self, obs):
@@ -70,7 +70,7 @@ def test_devices_change_no_bit(script):
 
 @pytest.mark.slow
 def test_an_odd_number_of_shards_changes_no_bit(script):
-    """12 shards on 1 and 3 devices: the tree is not cut at one level everywhere."""
+    """12 shards on 1 and 3 devices: the tree has a level with an odd number of parts."""
     flags = {"num_shards": 12, "local_num_envs": 6, "num_minibatches": 1}
     results = [update(script, noise(script, envs=12), tuple(range(n)), **flags) for n in (1, 3)]
     assert len({digest for digest, _, _ in results}) == 1
@@ -84,7 +84,7 @@ def test_other_data_other_bits(script):
 
 @conftest.algorithms_fast
 def test_what_a_reset_row_says_changes_no_bit(script):
-    """Its reward, and its value where no time limit is bootstrapped from it, may be anything."""
+    """The reward of a reset row may be anything, and so may its value unless a time limit bootstraps from it."""
     rollout = noise(script)
     wasted = rollout.is_reset_row[:-1]
     after_time_limit = np.concatenate([np.zeros((1, 16), bool), (rollout.is_reset_row[1:] & ~rollout.terminated)[:-1]])
@@ -101,7 +101,7 @@ def test_what_a_reset_row_says_changes_no_bit(script):
 
 @conftest.algorithms_fast
 def test_a_reset_rows_observation_and_action_teach_nothing(script):
-    """Other pixels and actions in the reset rows that follow a termination leave the loss as it is."""
+    """Different pixels and actions in reset rows after a termination do not change the update."""
     rollout = noise(script)
     after_termination = np.concatenate([np.zeros((1, 16), bool), rollout.terminated])
     obs = np.where(after_termination[..., None, None, None], 255 - rollout.obs, rollout.obs)
@@ -113,7 +113,7 @@ def test_a_reset_rows_observation_and_action_teach_nothing(script):
 @conftest.ppo_fast
 @pytest.mark.parametrize("flags", [{"num_shards": 1}, {"num_shards": 16}, {"gradient_accumulation_steps": 2}])
 def test_pieces_change_rounding_only(script, flags):
-    """One shard or many, one piece or two: one minibatch over everything is the same sum, added up in another order."""
+    """One minibatch over everything is the same sum with any number of shards or pieces, in a different order."""
     whole = {"num_minibatches": 1} | ({"update_epochs": 1} if hasattr(script.Args, "update_epochs") else {})
     base, other = (update(script, noise(script), **whole, **more) for more in ({}, flags))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), base[1], other[1])
@@ -131,7 +131,7 @@ def test_learning_rate_falls_to_zero(script):
 
 
 def test_tree_sum_is_one_tree(script):
-    """Any cut of the parts into equal runs, finished as a device would, gives the bits of the whole tree."""
+    """Parts in equal groups, each summed as on its own device, give the bits of the whole tree."""
     parts = [np.float32(x) for x in np.random.default_rng(0).normal(size=12) * 10.0 ** np.arange(12)]
     (whole,) = script.tree_sum(parts)
     p = parts
@@ -163,7 +163,7 @@ def gradient_program(script, **flags):
 
 @conftest.algorithms_fast
 def test_a_gradient_has_no_scatter_and_no_loop(script):
-    """A GPU would sort for the one, and launch the kernels of the other step by step."""
+    """A GPU would sort for a scatter and launch the kernels of a loop step by step."""
     _, program, _ = gradient_program(script)
     text = str(program)
     assert "conv_general_dilated" in text
@@ -172,7 +172,7 @@ def test_a_gradient_has_no_scatter_and_no_loop(script):
 
 @conftest.algorithms_fast
 def test_bfloat16(script):
-    """Convolutions and hidden layers are computed in 16 bits; parameters, heads, losses and gradients have 32."""
+    """Convolutions and hidden layers use 16 bits. Parameters, heads, losses and gradients use 32."""
     for dtype in ("float32", "bfloat16"):
         params, program, (gradient, metrics) = gradient_program(script, compute_dtype=dtype)
         assert {leaf.dtype.name for leaf in jax.tree.leaves((params, gradient, metrics))} == {"float32"}

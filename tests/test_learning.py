@@ -1,4 +1,4 @@
-"""Does it learn? A falling block and a paddle, through the real actors, hand-off and learner."""
+"""Do the scripts learn a tiny game of a block and a paddle, with the real actors, hand-off and learner?"""
 
 import time
 
@@ -26,8 +26,8 @@ def test_it_learns(script, monkeypatch):
 
 @pytest.mark.slow
 def test_it_learns_in_half_a_minute(script, monkeypatch):
-    """Not by default, as it is of the machine too: IMPALA took 35 s, PPO 37, where two cores were threads of one."""
-    start = time.process_time()  # of the processor: another program may keep it busy
+    """In the slow suite, as time depends on the machine: on two threads of one core IMPALA took 35 s and PPO 37 s."""
+    start = time.process_time()  # CPU time, because other programs may slow the machine
     assert play(script, monkeypatch) >= 0.9
     assert time.process_time() - start < 30
 
@@ -40,7 +40,7 @@ def test_it_learns_with_any_seed(script, monkeypatch, seed):
 
 @pytest.mark.slow
 def test_it_does_not_learn_from_the_reward_before(script, monkeypatch):
-    """Each action paired with the reward that arrived before it, while episodes end where they did."""
+    """Each action is paired with the reward before it, and episodes end where they did."""
     step = script.Envs.step
 
     def shifted(self, action):
@@ -54,7 +54,7 @@ def test_it_does_not_learn_from_the_reward_before(script, monkeypatch):
 
 @pytest.mark.slow
 def test_it_does_not_learn_with_the_sign_flipped(script, monkeypatch):
-    """Good actions become less likely: the loss has its policy term, and only that, the other way round."""
+    """Only the policy term of the loss changes its sign, so good actions become less likely."""
     name = "ppo_loss" if hasattr(script, "ppo_loss") else "impala_loss"
     loss = getattr(script, name)
 
@@ -67,7 +67,7 @@ def test_it_does_not_learn_with_the_sign_flipped(script, monkeypatch):
 
 
 def test_the_game_can_be_lost_and_won():
-    """A random policy stays far below 0.9, a perfect one catches what can be reached: every block."""
+    """A random policy stays far below 0.9, and a perfect one catches every block."""
     pool, rng = tiny_game.Catch(list(range(64))), np.random.default_rng(0)
     pool.reset()
     scores = {"random": [], "perfect": []}

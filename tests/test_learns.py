@@ -1,4 +1,4 @@
-"""benchmark/learns.py: which runs have learned, and what a random policy is."""
+"""benchmark/learns.py: which runs have learned, and how the random policy plays."""
 
 import sys
 
@@ -6,14 +6,11 @@ import conftest
 import numpy as np
 import pytest
 
-pytest.importorskip("rliable", reason="rliable cannot be installed with this Python")
-from test_plot import write_run
-
 learns = conftest.load("benchmark/learns")
 
 
 def play(monkeypatch, *flags, chance=4.0):
-    """The command line, with `chance` as the score of every game that the random policy plays."""
+    """Run the command line. Every game of the random policy scores `chance`."""
     monkeypatch.setattr(learns, "random_scores", lambda script, args, games: [chance] * games)
     monkeypatch.setattr(sys, "argv", ["learns.py", str(conftest.ROOT / "cleanba_ppo_envpool.py"), *flags])
     learns.main()
@@ -23,7 +20,7 @@ def run_of(scores, games=50, status="finished", **run):
     """A run of 1,000 steps with one log for each score."""
     part = 1000 // len(scores)
     logs = [(part * (i + 1), i + 1, score, games) for i, score in enumerate(scores)]
-    path = write_run(logs, **run, status=status, mean_score=scores[-1])
+    path = conftest.write_run(logs, **run, status=status, mean_score=scores[-1])
     text = (path / "run.json").read_text().replace('"args": {', '"args": {"img_size": 42, ')
     (path / "run.json").write_text(text[:-1] + ', "platform": {"script": "cleanba_ppo_envpool"}}')
     return path
@@ -55,7 +52,7 @@ def test_a_run_that_did_not(monkeypatch, capsys, scores, run):
 
 
 def test_what_is_not_whole_is_named_and_the_others_are_judged(monkeypatch, capsys):
-    """Half a summary: the run has not finished. Half of run.json: it is passed over."""
+    """A run with half a summary counts as unfinished. A run with a damaged run.json is passed over."""
     run_of([4, 6, 8, 12])
     unfinished = run_of([4, 6, 8, 12], seed=2) / "summary.json"
     unknown = run_of([4, 6, 8, 12], seed=3) / "run.json"
@@ -79,7 +76,7 @@ def test_nothing_to_judge(monkeypatch, capsys):
 
 
 def test_the_last_games_count_not_the_last_quarter(monkeypatch, capsys):
-    """Of 100 games in the last quarter only the later 50 do."""
+    """The last quarter has 100 games, and only the later 50 count."""
     run_of([4, 4, 6, 6, 8, 8, 9, 12])
     play(monkeypatch, "runs")
     assert capsys.readouterr().out.splitlines()[-1].split("|")[-5:-2] == [" 10.5 ", " 12.0 ", " 3.0 x "]
@@ -109,7 +106,7 @@ def test_a_wrong_command_says_why(monkeypatch, capsys, words, message):
 
 
 def test_a_random_policy_plays_whole_games_with_all_actions(script, monkeypatch):
-    """Games of 3 steps whose score is the sum of their actions, and a reset step between them."""
+    """Games have 3 steps, score the sum of their actions, and have a reset step between them."""
     played = []
 
     class Pool:
@@ -127,6 +124,6 @@ def test_a_random_policy_plays_whole_games_with_all_actions(script, monkeypatch)
     monkeypatch.setattr(script, "make_env", lambda args, seeds, num_threads: len(set(seeds)) == 16 and Pool())
     scores = learns.random_scores(script, script.Args(env_id="RoadRunner-v5"), 40)
     actions = np.stack(played)
-    assert actions.shape == (11, 16)  # three games of 16 environments
+    assert actions.shape == (11, 16)  # three games in 16 environments
     assert scores == np.stack([actions[i : i + 3].sum(0) for i in (0, 4, 8)]).ravel()[:40].tolist()
     assert set(actions.ravel()) == set(range(18))

@@ -20,7 +20,7 @@ def sealed(content):
 
 @conftest.one_fast
 def test_load_model(script):
-    """A run that starts with another's parameters, and moves them by nothing, ends with the same hash."""
+    """A run that loads another run's model and trains with learning rate 0 ends with the same hash."""
     tiny = TINY | dict(env_id="Pong-v5", start_fresh=True)
     one = script.train(script.Args(**tiny, resume="one", save_model=True, eval_episodes=1))
     model = "runs/one/model.msgpack"
@@ -41,7 +41,7 @@ def test_load_model(script):
 
 @conftest.one_fast
 def test_a_model_leaves_the_run(script, capsys):
-    """Its file alone gives back the flags, the bits and the very games that the summary and the log tell of."""
+    """The model file alone restores the flags, the bits, and the games of the summary and the log."""
     flags = TINY | dict(env_id="Asterix-v5", save_model=True, eval_episodes=3)
     summary = script.train(script.Args(**flags))
     directory = Path("runs", summary["run_name"])
@@ -57,7 +57,7 @@ def test_a_model_leaves_the_run(script, capsys):
 
 @conftest.one_fast
 def test_evaluation_counts_the_first_game_of_every_environment(script, monkeypatch, counting_pool):
-    """Environment i plays games of 3 + i steps: the quick ones play several, and count once."""
+    """Environment i plays games of 3 + i steps. Fast environments play several, and only the first counts."""
     pool = counting_pool(4)
     monkeypatch.setattr(script, "make_env", lambda *args: pool)
     network = type("Network", (), {"apply": lambda self, params, obs: (np.zeros((len(obs), 6)), np.zeros(len(obs)))})()

@@ -1,6 +1,5 @@
-"""From event files with known numbers to the figures, the table and the pictures of benchmark/plot.py."""
+"""benchmark/plot.py: the figures, the table and the pictures that it makes of event files with known numbers."""
 
-import json
 import math
 import struct
 import sys
@@ -10,39 +9,18 @@ import conftest
 import numpy as np
 import pandas as pd
 import pytest
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-pytest.importorskip("rliable", reason="rliable cannot be installed with this Python")
 plot = conftest.load("benchmark/plot")
 
 
-def write_run(logs, *, game="Pong-v5", exp="ppo", seed=1, name=None, purge_step=None, impala=False, **summary):
-    """A run's directory below runs; logs: [(step, seconds, mean return or None, finished games)]."""
-    directory = Path("runs") / (name or f"{game}__{exp}__{seed}__20261124-120000-1")
-    flags = dict(exp_name=exp, env_id=game, seed=seed, total_timesteps=1000) | ({} if impala else dict(clip_coef=0.1))
-    writer = EventFileWriter(str(directory), filename_suffix=f".{purge_step or 0:09}")
-    (directory / "run.json").write_text(json.dumps({"args": flags}))
-    writer.add_event(Event(step=purge_step or 0, session_log=SessionLog(status=SessionLog.START)))
-    for step, seconds, score, games in logs:
-        scalars = {"charts/SPS": step / seconds, "stats/episodes": games}
-        scalars |= {} if score is None else {"charts/avg_episodic_return": score}
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-        writer.add_event(Event(step=step, summary=Summary(value=values)))
-    writer.close()
-    if summary:
-        (directory / "summary.json").write_text(json.dumps(summary))
-    return directory
-
-
 def finished(logs, score, **run):
-    return write_run(logs, status="finished", mean_score=score, **run)
+    return conftest.write_run(logs, status="finished", mean_score=score, **run)
 
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that are drawn, in turn. Without this fixture none are: they take most of the time."""
+    """The pictures in drawing order. Without this fixture none are drawn, because that takes most of the time."""
     drawn = []
     monkeypatch.setattr(plot.plt, "close", drawn.append)
     yield drawn
@@ -52,7 +30,7 @@ def figures(monkeypatch):
 
 @pytest.fixture
 def run_plot(monkeypatch, request):
-    """What the command line does; returns the table that it wrote."""
+    """Runs the command line and returns the table that it wrote."""
     if "figures" not in request.fixturenames:
         for draw in ("draw_curves", "draw_scores"):
             monkeypatch.setattr(plot, draw, lambda *_: None)
@@ -76,7 +54,7 @@ def png_size(path):
 
 
 def test_reference_table_gives_the_published_medians(run_plot):
-    """Acceptance: the medians and the mean minutes that the paper reports."""
+    """Acceptance test: medians and mean minutes are those of the paper."""
     table = run_plot("--reference", "all")
     medians = {
         "cleanba_impala_1gpu": ("165.8 %", "136.5"),
@@ -94,7 +72,7 @@ def test_reference_table_gives_the_published_medians(run_plot):
 
 
 def test_a_curve_is_the_mean_of_seeds_with_their_range_as_band(run_plot):
-    """Two seeds of 1,000 steps, in 3,600 and 7,200 seconds, scores on straight lines."""
+    """Two seeds take 3,600 and 7,200 seconds for 1,000 steps, and their scores rise linearly."""
     finished([(s, 3.6 * s, s / 100, 1) for s in range(100, 1001, 100)], 10.0, seed=1)
     finished([(s, 7.2 * s, s / 50, 1) for s in range(100, 1001, 100)], 20.0, seed=2)
     run_plot("runs", "--points", "10")
@@ -120,7 +98,7 @@ def test_between_two_points_games_count_alike_and_gaps_are_straight(run_plot):
     finished(run, 4.0)
     run_plot("runs", "--points", "5")
     steps = pd.read_csv("plots/steps.csv")
-    # logs 1 and 2 become one at step 125, score 2; from there a line to (400, 4); no game later: the last score stays
+    # logs 1 and 2 merge at step 125 with score 2; a line leads to (400, 4); no game ends later, so the last score stays
     np.testing.assert_allclose(steps.steps, [200, 400, 600, 800, 1000])
     np.testing.assert_allclose(steps["mean"], [2 + 2 * 75 / 275, 4, 4, 4, 4], rtol=1e-6)
 
@@ -134,8 +112,8 @@ def test_a_curve_begins_with_the_first_finished_game(run_plot):
 
 
 def test_resumed_run_forgets_what_it_logged_twice(run_plot):
-    """Killed after step 600 and resumed from the checkpoint of step 400, whose working time goes on."""
-    write_run([(s, 1.0 * s, 1.0, 1) for s in (200, 400, 600)])
+    """A run is killed after step 600 and resumed from the checkpoint of step 400. Its working time continues."""
+    conftest.write_run([(s, 1.0 * s, 1.0, 1) for s in (200, 400, 600)])
     finished([(600, 650.0, 2.0, 1), (1000, 1100.0, 3.0, 1)], 3.0, purge_step=401)
     run_plot("runs", "--points", "5")
     steps, runs = pd.read_csv("plots/steps.csv"), pd.read_csv("plots/runs.csv")
@@ -183,10 +161,10 @@ def test_interval_is_that_of_the_matrix_form_of_rliable():
 
 
 def test_unfinished_run_counts_as_far_as_it_came_and_is_named(run_plot):
-    """Its score is (60 * 4 + 60 * 8) / 120, of its last 100 games; the summary of an earlier stop is not used."""
+    """Its score is that of its last 100 games, (60 * 4 + 60 * 8) / 120. The summary of an earlier stop is ignored."""
     finished([(500, 5.0, 1.0, 10), (1000, 10.0, 10.0, 10)], 10.0, seed=1)
     logs = [(100, 1.0, 0.0, 60), (200, 2.0, 4.0, 60), (300, 3.0, 8.0, 60)]
-    cut = write_run(logs, seed=2, status="preempted", mean_score=-5.0)
+    cut = conftest.write_run(logs, seed=2, status="preempted", mean_score=-5.0)
     table = run_plot("runs", "--points", "10")
     assert "Notes: unfinished, shown as far as they came: ppo Pong-v5 seed 2 (30%); " in table
     assert cells(table, "ppo")[1] == "2, 1 unfinished"
@@ -258,15 +236,19 @@ def test_one_seed_has_no_interval(run_plot):
 
 
 def test_the_same_seed_twice_is_one_sample(run_plot):
-    """The finished one stays; without any, the one that came further."""
+    """The finished run is kept, else the one that came further, else the newer one."""
     kept = finished([(1000, 10.0, 5.0, 1)], 5.0, name="again")
-    other = write_run([(1000, 10.0, 9.0, 1)])
-    further = write_run([(400, 4.0, 1.0, 1)], seed=2)
-    write_run([(200, 2.0, 1.0, 1)], seed=2, name="short")
+    other = conftest.write_run([(1000, 10.0, 9.0, 1)])
+    further = conftest.write_run([(400, 4.0, 1.0, 1)], seed=2)
+    conftest.write_run([(200, 2.0, 1.0, 1)], seed=2, name="short")
+    for hour in "1234":
+        last = finished([(1000, 10.0, 5.0, 1)], 5.0, seed=3, name=f"Pong-v5__ppo__3__20261124-{hour}20000-1")
     table = run_plot("runs")
+    assert str(last) not in table
+    assert "120000-1 left out" in table
     assert f"{other} left out, another run has its experiment, game and seed" in table
     assert "runs/short left out, another run" in table
-    assert list(pd.read_csv("plots/runs.csv").path) == [str(kept), str(further)]
+    assert list(pd.read_csv("plots/runs.csv").path) == [str(kept), str(further), str(last)]
 
 
 def test_pictures_grow_with_the_games(run_plot, figures):
@@ -313,7 +295,7 @@ def test_errors_name_the_flag_and_what_works(run_plot, capsys):
 
 
 def test_checkpoints_that_were_played_are_a_curve(run_plot):
-    """At 600 of 1,000 steps, which took 2 of 4 hours; their table is that of the run alone."""
+    """The curve ends at 600 of 1,000 steps, which took 2 of 4 hours. The table shows the run alone."""
     run = finished([(400, 3600.0, 1.0, 1), (800, 10800.0, 2.0, 1), (1000, 14400.0, 3.0, 1)], 3.0)
     head = "update,steps,games,cut,mean,std,scores\n"
     (run / "evaluation.csv").write_text(head + "2,200,2,0,5.0,1.0,4 6\n6,600,2,1,7.0,0.0,7 7\n")
@@ -326,7 +308,7 @@ def test_checkpoints_that_were_played_are_a_curve(run_plot):
 
 
 def test_checkpoints_whose_scores_are_not_whole(run_plot, capsys):
-    """A line that was cut is left out; without a whole one there is no curve."""
+    """A truncated line is left out. Without a whole line no curve is drawn."""
     head = "update,steps,games,cut,mean,std,scores\n"
     path = finished([(1000, 14400.0, 3.0, 1)], 3.0) / "evaluation.csv"
     for text, points in [(head + "2,200,2,0,5.0,1.0,4 6\n6,600,2,1,7", [5.0]), (head, []), ("update,st", []), ("", [])]:
@@ -355,6 +337,9 @@ def test_equal_curves_are_both_seen_and_steps_are_frames_in_atari_games_only(run
     assert figures[-2].get_supxlabel() == "environment steps"
     for exp, score in [("a", 1.0), ("b", 2.0)]:
         finished([(1000, 10.0, score, 1)], score, exp=exp, game="Breakout-v5")
+    run_plot("runs/Breakout*", "--reference", "none")
+    assert note(figures[-2]) == ""  # no band is drawn
+    finished([(1000, 10.0, 3.0, 1)], 3.0, exp="a", game="Breakout-v5", seed=2)
     run_plot("runs/Breakout*", "--reference", "none")
     assert note(figures[-2]).endswith("some seeds only")
 

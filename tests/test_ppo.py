@@ -95,7 +95,7 @@ def linear_params(seed=0):
 
 
 def make_minibatch(script, params, rows=64, shift=0.0, seed=1):
-    """Rows whose behaviour is `params` plus noise of size `shift`; every fourth row has no weight."""
+    """Rows whose behaviour policy is `params` plus noise of size `shift`. Every fourth row has no weight."""
     rng = np.random.default_rng(seed)
     obs = rng.integers(0, 256, (rows, 4, 8, 8), dtype=np.uint8)
     action = rng.integers(0, 5, rows).astype(np.int32)
@@ -163,7 +163,7 @@ def test_rows_without_weight_have_no_gradient(script):
 
 
 def test_advantages_are_normalised_over_the_global_minibatch(script):
-    """The learner's four shards and the same rows as one minibatch, normalised by NumPy, have one gradient norm."""
+    """The learner's four shards have the gradient norm of one minibatch of the same rows, normalised by NumPy."""
     rollout = test_learner.noise(script, seed=3)
     _, _, metrics = test_learner.update(script, rollout, num_minibatches=1, update_epochs=1)
     estimate = jax.device_get(script.compute_gae(rollout, 0.99, 0.95))

@@ -1,4 +1,4 @@
-"""Many processes are one run, on this machine and on two that a cable connects; what a user sees when one fails."""
+"""Several processes form one run, on one machine or on two connected ones; what a user sees when one fails."""
 
 import json
 import os
@@ -20,7 +20,7 @@ ENDLESS = [*conftest.SMALL, "--num-actor-threads", "1", "--log-frequency", "1", 
 
 
 class Store:
-    """A key-value store as the coordination service has it, for threads. `calls` counts what is asked of it."""
+    """A key-value store for threads, like that of the coordination service. `calls` counts the requests."""
 
     def __init__(self):
         self.values, self.changed, self.calls = {}, threading.Condition(), 0
@@ -46,12 +46,12 @@ class Store:
 
 
 def test_everyone_gets_what_everyone_said(script, monkeypatch):
-    """Three threads stand for processes, of which one is late; 3 n calls a round; nothing piles up in the store."""
+    """Three threads stand for processes, and one is late. A round takes 3 n calls, and the store does not grow."""
     store, mine, rounds = Store(), threading.local(), 5
     state = type("State", (), {"process_id": property(lambda self: mine.rank), "num_processes": 3, "client": store})()
     counters = [iter(range(1, rounds + 1)) for _ in range(3)]
     monkeypatch.setattr(script, "global_state", state)
-    monkeypatch.setattr(script, "next", lambda _: next(counters[mine.rank]), raising=False)  # in place of its own count
+    monkeypatch.setattr(script, "next", lambda _: next(counters[mine.rank]), raising=False)  # a counter for each thread
     heard = [[], [], []]
 
     def process(rank):
@@ -69,8 +69,8 @@ def test_everyone_gets_what_everyone_said(script, monkeypatch):
         assert not thread.is_alive()
     said = [[[i, {"score": 0.1 * rank}] for rank in range(3)] for i in range(rounds)]
     assert heard == [said] * 3
-    assert store.calls <= rounds * 3 * 3 + 6  # and what the late one cost
-    assert len(store.values) == 3  # of the last round
+    assert store.calls <= rounds * 3 * 3 + 6  # plus retries for the late one
+    assert len(store.values) == 3  # values of the last round
 
 
 def test_a_process_alone_shares_with_itself(script):
@@ -79,7 +79,7 @@ def test_a_process_alone_shares_with_itself(script):
 
 @conftest.one_fast
 def test_two_processes_are_one_run(script, launcher):
-    """Same bits, same scores as two threads of one process; process 0 alone writes."""
+    """They have the same bits and scores as two threads of one process. Only process 0 writes."""
     flags = [*conftest.SMALL, "--total-timesteps", "512"]
     writer, silent = launcher.start_processes(script, *flags, "--num-actor-threads", "1")
     summary, (out, err) = launcher.summary(writer), silent.communicate(timeout=60)
@@ -95,7 +95,7 @@ def test_two_processes_are_one_run(script, launcher):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["--no-concurrency", "--concurrency"])
 def test_partitions(script, launcher, mode):
-    """Sixteen environments: 2 x 8 and 4 x 4, in processes and in threads."""
+    """Sixteen environments, split 2 x 8 or 4 x 4, give the same bits in processes and in threads."""
     flags = [*conftest.SMALL, mode, "--total-timesteps", "2048"]
     for count, envs in ((2, "8"), (4, "4")):
         one = [*flags, "--local-num-envs", envs]
@@ -108,7 +108,7 @@ def test_partitions(script, launcher, mode):
 
 
 def end(process, code, seconds, since):
-    """What a process that must end says on stderr."""
+    """Wait for a process that must end, and return its stdout and stderr."""
     out, err = process.communicate(timeout=60)
     assert time.monotonic() - since < seconds
     assert process.returncode == code if code else process.returncode not in (0, None)
@@ -116,7 +116,7 @@ def end(process, code, seconds, since):
 
 
 def all_wait(processes):
-    """The time at which all have done their imports and wait for one another."""
+    """Return the time at which all processes have imported and wait for one another."""
     for process in processes:
         wait_for_line(process, "waiting")
     return time.monotonic()
@@ -124,7 +124,7 @@ def all_wait(processes):
 
 @conftest.one_fast
 def test_what_differs_is_named_by_all(script, launcher):
-    """A flag; the size of XLA's thread pool. Nothing is left on disk."""
+    """All processes name a differing flag or size of XLA's thread pool. Nothing is left on disk."""
     common = [*conftest.SMALL, "--num-actor-threads", "1", "--peer-timeout", "30"]
     processes = launcher.start_processes(script, *common, differing={1: ["--seed", "2"]})
     start = all_wait(processes)
@@ -152,7 +152,7 @@ def test_what_differs_is_named_by_all(script, launcher):
     ],
 )
 def test_settings_that_differ_are_named_by_all(script, launcher, environment, told):
-    """They decide the bits: such processes would start from the same parameters, and part."""
+    """These settings decide the bits: the processes would start from the same parameters and diverge."""
     flags = [*conftest.SMALL, "--num-actor-threads", "1", "--peer-timeout", "30"]
     processes = launcher.start_processes(script, *flags, environments={1: environment})
     start = all_wait(processes)
@@ -163,7 +163,7 @@ def test_settings_that_differ_are_named_by_all(script, launcher, environment, to
 
 
 def test_a_processor_is_described(script, monkeypatch):
-    """Model and vector instructions, which XLA compiles for; none of what changes from minute to minute."""
+    """The description has the model and the vector instructions that XLA compiles for, and nothing that varies."""
     x86 = "processor\t: 0\ncpu family\t: 6\nmodel\t\t: 85\nmodel name\t: Xeon\ncpu MHz\t: 9\nflags\t: fpu avx2 fma\n"
     arm = "processor\t: 0\nBogoMIPS\t: 1\nFeatures\t: fp asimd sve\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n"
     for text, described in (
@@ -184,10 +184,10 @@ def test_a_processor_is_described(script, monkeypatch):
     ],
 )
 def test_an_error_that_one_process_finds_ends_all(script, launcher, own, told):
-    """With its line and its exit code, and no stack of C++."""
+    """All end with its error line and its exit code, and without a C++ stack trace."""
     flags = [*conftest.SMALL, "--num-actor-threads", "1", "--peer-timeout", "30"]
     if 0 in own:
-        own[1] = own[0]  # both are given it; process 0 alone looks
+        own[1] = own[0]  # both get the flag, and only process 0 checks it
     processes = launcher.start_processes(script, *flags, differing=own)
     start = all_wait(processes)
     for process in processes:
@@ -199,7 +199,7 @@ def test_an_error_that_one_process_finds_ends_all(script, launcher, own, told):
 
 @conftest.one_fast
 def test_a_port_that_is_taken(script, launcher):
-    """As by another run that follows the same example."""
+    """Another run that follows the same example may have taken it."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         place = ["--coordinator-address", f"127.0.0.1:{taken.getsockname()[1]}", "--num-processes", "2"]
         process = launcher.start(script, *place, "--process-id", "0")
@@ -213,7 +213,7 @@ def test_a_port_that_is_taken(script, launcher):
 @conftest.one_fast
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_process_of_another_run_on_the_same_port(script, launcher, rank):
-    """Once a run has met it has left the port that it was given, where a stranger would end it."""
+    """A run leaves its given port once its processes have met. A stranger on that port would end it."""
     place = ["--coordinator-address", f"127.0.0.1:{conftest.free_port()}", "--num-processes", "2", "--process-id"]
     flags = [*ENDLESS, "--peer-timeout", "30"]
     run = [launcher.start(script, *flags, *place, str(i), PYTHONUNBUFFERED="1") for i in range(2)]
@@ -245,7 +245,7 @@ def test_kill_9_of_one_ends_the_other(script, launcher):
     wait_for_line(survivor, "steps/s,")
     victim.kill()
     out, _ = end(survivor, None, 15, time.monotonic())
-    if survivor.returncode == 1:  # it was in a collective, and not in a wait of JAX's own
+    if survivor.returncode == 1:  # it was in a collective, not waiting inside JAX
         assert "failed: " in out
         (path,) = (launcher.directory / "runs").glob("*/summary.json")
         assert json.loads(path.read_text())["status"] == "failed"
@@ -255,7 +255,7 @@ def test_kill_9_of_one_ends_the_other(script, launcher):
 @pytest.mark.parametrize("victim", [0, 1, 2])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGINT])
 def test_no_process_outlives_another(script, launcher, victim, number):
-    """Killed, frozen or interrupted, the first, the second or the last of three."""
+    """The first, the second or the last of three processes is killed, frozen or interrupted."""
     processes = launcher.start_processes(script, *ENDLESS, "--num-shards", "6", count=3)
     wait_for_line(processes[0], "steps/s,")
     start = time.monotonic()
@@ -283,7 +283,7 @@ def test_sigterm_to_one_ends_all_at_the_same_update(script, launcher, rank):
 
 @pytest.mark.slow
 def test_a_cluster_is_found(script, launcher, monkeypatch):
-    """SLURM's variables give address, number and rank."""
+    """SLURM's variables give the address, the number of processes and the rank."""
     slurm = {"JOB_ID": str(conftest.free_port()), "STEP_NODELIST": "localhost", "NTASKS": "2", "LOCALID": "0"}
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
@@ -296,7 +296,7 @@ def test_a_cluster_is_found(script, launcher, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="needs root and iproute2")
 def test_two_machines(script, launcher):
-    """Two network namespaces that see each other through a cable alone; each knows its own name by that address."""
+    """Two network namespaces see each other only through a cable. Each resolves its own name to its address there."""
     name = f"cb{os.getpid()}"
     ip = lambda line: subprocess.run(["ip", *line.split()], check=True)
     try:

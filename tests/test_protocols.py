@@ -19,13 +19,13 @@ def test_options(script):
 
 
 def test_number_of_actions(script):
-    """Sticky actions come with the full action set; IMPALA's protocol with the game's own."""
+    """The protocol with sticky actions has the full action set, and IMPALA's has the game's own."""
     counts = [script.env_spec(script.Args(env_id=game))[1] for game in ("Breakout-v5", "Pong-v5", "Alien-v5")]
     assert counts == ([18, 18, 18] if PROTOCOL[script.__name__] is STICKY else [4, 6, 18])
 
 
 class Record:
-    """A pool that keeps what it said."""
+    """A pool that records its answers."""
 
     def __init__(self, pool):
         self.pool, self.rows, self.reset = pool, [], pool.reset
@@ -41,7 +41,7 @@ KEYS = ("reward", "terminated", "lives", "elapsed_step")
 
 @pytest.fixture
 def played(script):
-    """Breakout, played at random long enough to lose games: the Envs, its reset rows, and what the pool said."""
+    """Breakout, played at random until games are lost: (Envs, reset rows, terminations, the pool's answers)."""
     args = script.Args(img_size=16)
     pool = Record(script.make_env(args, script.env_seeds(1, 0, 0, 4), 2))
     envs, rng, resets, terminations = script.Envs(pool), np.random.default_rng(0), [], []
@@ -54,7 +54,7 @@ def played(script):
 
 
 def test_lost_lives(script, played):
-    """Under IMPALA's protocol a lost life terminates, and the row after it is wasted although the game goes on."""
+    """Under IMPALA's protocol a lost life terminates, and a reset row follows although the game goes on."""
     _, resets, terminated, rows = played
     lives = np.stack([info["lives"] for *_, info in rows])
     elapsed = np.stack([info["elapsed_step"] for *_, info in rows])
@@ -64,7 +64,7 @@ def test_lost_lives(script, played):
         assert terminated[lost].all()
         after = np.argwhere(lost[:-1])
         assert all(resets[t + 1, env] for t, env in after)
-        assert all(elapsed[t + 1, env] > 0 for t, env in after)  # elapsed_step would not tell
+        assert all(elapsed[t + 1, env] > 0 for t, env in after)  # elapsed_step does not show it
     else:
         assert not terminated[lost].any()
     assert (resets[1:] == terminated[:-1]).all()
@@ -87,10 +87,10 @@ def test_scores_are_sums_over_whole_games(played):
 @conftest.wrapper_fast
 @pytest.mark.parametrize("game", ["RoadRunner-v5", pytest.param("Atlantis-v5", marks=pytest.mark.slow)])
 def test_games_that_end_among_the_no_ops_of_a_reset(script, game):
-    """Under IMPALA's protocol EnvPool starts such a game again without a word; here it is counted, with its own score.
+    """Under IMPALA's protocol EnvPool silently restarts such a game. The script counts it, with its own score.
 
-    The count to compare with is made from the lives alone: a game ends where they are back at their starting number.
-    RoadRunner has such games. Atlantis gives lives during play, which must not count; nor does anything twice.
+    The expected count comes from the lives alone: a game ends where they are back at their starting number. RoadRunner
+    has such games. Atlantis gives lives during play, which must not count. Nothing may count twice.
     """
     args = script.Args(img_size=16, env_id=game)
     pool = Record(script.make_env(args, script.env_seeds(1, 0, 0, 8), 2))
@@ -104,7 +104,7 @@ def test_games_that_end_among_the_no_ops_of_a_reset(script, game):
     expected = []
     for env in range(8):
         starts = [t for t in np.flatnonzero(resets[:, env]) if lives[t, env] == full[env] > lives[t - 1, env]]
-        starts += [1500] * bool(column("terminated")[-1, env])  # over in the last row, and not started again
+        starts += [1500] * bool(column("terminated")[-1, env])  # over in the last row and not restarted
         expected += [reward[a:b, env].sum() for a, b in zip([0, *starts], starts, strict=False)]
     assert sorted(score for score, _ in envs.games) == sorted(expected)
     silent = len(expected) - sum((i["terminated"].astype(bool) | truncated).sum() for _, truncated, i in pool.rows)

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and resumed ends with the bits of one that never was."""
+"""A run that is killed at any moment and resumed has the same bits as an uninterrupted run."""
 
 import json
 import random
@@ -16,16 +16,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 FLAGS = [*conftest.SMALL, "--num-actor-threads", "2", "--log-frequency", "1", "--total-timesteps", "8192"]
 FLAGS += ["--checkpoint-frequency", "4"]
 SLOW = partial(pytest.param, marks=pytest.mark.slow)
-IT = ["--resume", "it", "--start-fresh"]  # starts, then goes on
+IT = ["--resume", "it", "--start-fresh"]  # starts the run, later resumes it
 MODES = ["--no-concurrency", "--concurrency"]
 
 
 @conftest.one_fast
 @pytest.mark.parametrize("default", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_resumed_run_has_the_same_bits(script, monkeypatch, default):
-    """Cut between checkpoints, then moved to two other devices.
+    """A run is cut between checkpoints and resumed on different devices.
 
-    In the script's own mode, synchronous or concurrent; in the other one in the slow suite.
+    The default suite tests the script's own mode, synchronous or concurrent, and the slow suite the opposite one.
     """
     flags = dict(concurrency=script.Args.concurrency == default)
     whole = script.train(script.Args(**TINY | flags))
@@ -37,7 +37,7 @@ def test_a_resumed_run_has_the_same_bits(script, monkeypatch, default):
 
 @conftest.one_fast
 def test_a_resumed_run_has_the_same_scores_log_and_seeds(script, monkeypatch, counting_pool):
-    """Though it goes on between two logs, and the log that follows was written before the cut too."""
+    """It resumes between two logs, and the next log was already written before the cut."""
     seeds, flags = [], dict(log_frequency=5, checkpoint_frequency=3, total_timesteps=6 * 32)
     monkeypatch.setattr(script, "make_env", lambda args, own, threads: (seeds.append(own), counting_pool(4))[1])
     monkeypatch.setattr(script, "env_spec", lambda args: ((4, 8, 8), 4))
@@ -48,19 +48,19 @@ def test_a_resumed_run_has_the_same_scores_log_and_seeds(script, monkeypatch, co
     for name in ("params_sha256", "global_step", "episodes", "mean_score", "std_score"):
         assert resumed[name] == whole[name]
     first, second = (script.env_seeds(1, generation, 0, 4) for generation in range(2))
-    assert seeds == [first, second, first, second, second]  # every checkpoint brings new games
+    assert seeds == [first, second, first, second, second]  # every checkpoint starts new games
     logs = [EventAccumulator(f"runs/{run['run_name']}").Reload() for run in (whole, resumed)]
     names = [name for name in logs[0].Tags()["scalars"] if name.startswith(("losses/", "charts/avg", "charts/learn"))]
     assert len(names) >= 10
     for name in names:
         whole_curve, curve = ([(event.step, event.value) for event in log.Scalars(name)] for log in logs)
         assert curve == whole_curve, name
-    assert [event.step for event in logs[1].Scalars("charts/SPS")] == [32, 96, 160, 192]  # none twice
+    assert [event.step for event in logs[1].Scalars("charts/SPS")] == [32, 96, 160, 192]  # no step twice
 
 
 @conftest.one_fast
 def test_a_finished_run_can_be_resumed(script):
-    """It plays nothing, and can still write its model; SIGTERM ends the games that --save-model plays."""
+    """It trains no more but can still write its model. SIGTERM ends the games that --save-model plays."""
     finished = script.train(script.Args(**TINY | dict(checkpoint_frequency=0, total_timesteps=64)))
     flags = TINY | dict(checkpoint_frequency=0, total_timesteps=64, resume=finished["run_name"])
     args = script.Args(**flags, save_model=True, eval_episodes=1)
@@ -75,7 +75,7 @@ def test_a_finished_run_can_be_resumed(script):
 
 @conftest.one_fast
 def test_what_may_change_on_resume(script, monkeypatch, capsys):
-    """What changes the bits is an error, what might is told, and what cannot is not."""
+    """What changes the bits is an error, what might change them is reported, and what cannot is accepted silently."""
     train_until(script, monkeypatch, 3)
     summary = Path("runs/it/summary.json").read_text()
     for flag, value, named in (
@@ -88,13 +88,13 @@ def test_what_may_change_on_resume(script, monkeypatch, capsys):
         assert named in str(caught.value)
     with pytest.raises(script.FlagError, match="--resume it: it has another network or optimizer"):
         resume_with_another_network(script, monkeypatch)
-    assert json.loads(Path("runs/it/run.json").read_text())["args"]["gamma"] == 0.99  # no failed try left a trace
+    assert json.loads(Path("runs/it/run.json").read_text())["args"]["gamma"] == 0.99  # failed attempts left no trace
     assert Path("runs/it/summary.json").read_text() == summary
     monkeypatch.setitem(script.VERSIONS, "jax", "0.0.1")
     args = script.Args(**TINY, resume="it", learner_device_ids=(1,), save_model=True)
     jax_told = f"jax: 0.0.1 now and {jax.__version__} before, the bits may differ"
     nproc_told = "threads of XLA (NPROC): 5 now and 4 before, the bits may differ"
-    for threads, told in ("3", [jax_told]), ("5", [jax_told, nproc_told]):  # four devices have four threads at least
+    for threads, told in ("3", [jax_told]), ("5", [jax_told, nproc_told]):  # four devices have at least four threads
         monkeypatch.setenv("NPROC", threads)
         capsys.readouterr()
         sizes, _, record = script.set_up(args)
@@ -108,7 +108,7 @@ def test_what_may_change_on_resume(script, monkeypatch, capsys):
     newest = script.find_checkpoints(Path("runs/it"))[-1]
     content = script.unpack(newest.read_bytes())
     record = json.loads(content["record"])
-    record["hyper_parameters"]["momentum"] = 0.9  # a flag of the script that is gone since
+    record["hyper_parameters"]["momentum"] = 0.9  # a flag that the script no longer has
     script.write_file(newest, script.pack(content | {"record": json.dumps(record)}))
     with pytest.raises(script.FlagError, match=r"^momentum None: the run to resume has 0\.9\."):
         resume(script)
@@ -128,7 +128,7 @@ def resume_with_another_network(script, monkeypatch):
 
 
 def test_a_run_without_a_checkpoint(script):
-    """--resume says so and starts afresh only if told."""
+    """--resume is then an error, and only --start-fresh starts a new run."""
     message = r"--resume it: no checkpoint in runs/it can be read\. For example: --resume it --start-fresh"
     with pytest.raises(script.FlagError, match=message):
         resume(script)
@@ -142,7 +142,7 @@ def test_a_run_without_a_checkpoint(script):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """(script, mode) -> hash of the run that `FLAGS` describe, played once."""
+    """(script, mode) -> the hash of the uninterrupted run with `FLAGS`, trained once."""
     launcher, hashes = conftest.Launcher(tmp_path_factory.mktemp("uninterrupted")), {}
 
     def get(script, mode, **environment):
@@ -156,7 +156,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def kill_after(process, update, delay=0.0):
-    """kill -9 once the line of `update` is there. False if the run ended before."""
+    """Kill the process with kill -9 once it has logged `update`. False if the run ended before."""
     for line in process.stdout:
         if "steps/s," in line and int(line.split("/")[0].split()[-1]) >= update * 256:
             time.sleep(delay)
@@ -167,7 +167,7 @@ def kill_after(process, update, delay=0.0):
 
 @conftest.one_fast
 def test_kill_9(script, launcher):
-    """A real process, killed at a random moment."""
+    """A real process is killed at a random moment and resumed."""
     flags = [*FLAGS, "--total-timesteps", "1536", "--checkpoint-frequency", "2"]
     assert kill_after(launcher.start(script, *flags, *IT, PYTHONUNBUFFERED="1"), 3, random.uniform(0, 0.3))
     resumed, whole = launcher.run_all(script, [*flags, *IT], flags)
@@ -177,7 +177,7 @@ def test_kill_9(script, launcher):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_kill_9_ten_times(script, launcher, uninterrupted, mode):
-    """At random moments, so also while a checkpoint is written; every other time on one device and on two."""
+    """Kills come at random moments, even during checkpoints. The run alternates between one device and two."""
     killed = 0
     for attempt in range(10):
         devices = ["--learner-device-ids", *(["0"], ["1", "2"])[attempt % 2]]

@@ -1,4 +1,4 @@
-"""Whole runs on real Atari games, as a user starts them and as a user sees them."""
+"""Whole runs on real Atari games, as a user starts and sees them."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def hashes(summaries):
 
 @conftest.one_fast
 def test_same_flags_same_bits_anywhere(script, launcher):
-    """In another process, on other devices; in the script's own mode, both modes being in the slow suite."""
+    """The bits are the same in a new process on different devices, in the script's own mode (slow suite: both)."""
     summary, split = launcher.run_all(script, SHORT, [*SHORT, *SPLIT])
     assert summary["params_sha256"] == split["params_sha256"]
     assert summary["global_step"] == summary["updates"] * 256 == 512
@@ -35,7 +35,7 @@ def test_same_flags_same_bits_anywhere(script, launcher):
 
 @conftest.one_fast
 def test_the_seed_is_all_that_chance_depends_on(script):
-    """A rerun and another seed, in this process on a real game."""
+    """A rerun has the same bits, and a different seed or mode does not. In this process, on a real game."""
     flags = dict(img_size=16, channels=(4,), local_num_envs=4, num_actor_threads=2, num_steps=8, num_minibatches=1)
     runs = [dict(seed=1), dict(seed=1), dict(seed=2), dict(seed=1, concurrency=not script.Args.concurrency)]
     runs = [script.train(script.Args(**flags, **run, total_timesteps=192)) for run in runs]
@@ -60,7 +60,7 @@ def test_a_program_compiled_again_has_the_same_bits(script, launcher):
 
 @conftest.ppo_fast
 def test_what_a_run_writes(script, capsys):
-    """In this process: metrics, and plain lines of progress."""
+    """A run in this process writes metrics and plain lines of progress."""
     args = script.Args(
         img_size=16, channels=(4,), local_num_envs=8, num_actor_threads=1, num_steps=128, num_minibatches=2,
         total_timesteps=5 * 1024, log_frequency=2, env_id="SpaceInvaders-v5",
@@ -71,7 +71,7 @@ def test_what_a_run_writes(script, capsys):
     assert [line.split("/")[0].split()[-1] for line in lines] == ["1024", "2048", "4096", "5120"]
     assert "steps/s, compilation included, " in lines[0]
     rest = [re.search(r"/5120 steps, (\d+) steps/s, (\d+) s left", line).groups() for line in lines[1:]]
-    for step, (pace, left) in zip((2048, 4096, 5120), rest, strict=True):  # what is left at the pace after compiling
+    for step, (pace, left) in zip((2048, 4096, 5120), rest, strict=True):  # time left at the pace after compilation
         assert int(left) == pytest.approx((5120 - step) / int(pace), abs=1)
     assert int(rest[-1][0]) == pytest.approx(summary["sps_steady"], rel=0.2)
     assert "no game over yet" in lines[0]
@@ -96,7 +96,7 @@ def test_what_a_run_writes(script, capsys):
 
 @conftest.wrapper_fast
 def test_scores_are_the_games_own(script, monkeypatch):
-    """mean_score of the summary is the sum of unclipped rewards over whole games, seen at the pool itself."""
+    """mean_score averages the sum of unclipped rewards over whole games, as recorded at the pool itself."""
     scores, make_env = [], script.make_env
 
     class Recorder:
@@ -127,7 +127,7 @@ TINY = dict(img_size=16, channels=(4,), local_num_envs=4, num_actor_threads=1, n
 
 @conftest.one_fast
 def test_phases_and_whole_updates_are_told(script, capsys):
-    """Making environments and compiling take seconds each; 100 steps are three updates of 32. Resumed: from where."""
+    """A run names the phases that take seconds and counts whole updates (100 steps: three of 32), also on resume."""
     script.train(script.Args(**TINY, total_timesteps=100))
     devices, making, compiling, first, *_ = capsys.readouterr().out.splitlines()
     assert devices.startswith("devices: actors on ")
@@ -141,7 +141,7 @@ def test_phases_and_whole_updates_are_told(script, capsys):
 
 @conftest.one_fast
 def test_hashes_of_a_run(script):
-    """Every log has one; the last is the run's."""
+    """Every log has a hash, and the last one is the run's."""
     summary = script.train(script.Args(**TINY, total_timesteps=5 * 32, log_frequency=2))
     lines = [line.split("\t") for line in Path("runs", summary["run_name"], "hashes.tsv").read_text().splitlines()]
     assert [int(update) for update, _ in lines] == [1, 2, 4, 5]
@@ -151,7 +151,7 @@ def test_hashes_of_a_run(script):
 
 @conftest.one_fast
 def test_track_syncs_to_wandb(script, monkeypatch):
-    """wandb is told name and flags before the log is opened, and how the run ended; a resumed run is the same one."""
+    """wandb gets name and flags before the log is opened, and the exit code. A resumed run keeps its wandb run."""
     calls = []
     run = type("Run", (), {"id": "abc", "finish": lambda self, exit_code: calls.append(exit_code)})()
     wandb = types.ModuleType("wandb")
@@ -173,7 +173,7 @@ def test_track_syncs_to_wandb(script, monkeypatch):
 
 @conftest.one_fast
 def test_track_without_a_login(script, monkeypatch):
-    """One line that offers a way without, and no empty folder among the runs."""
+    """The error is one line that offers a way without a login, and no empty run directory is left."""
 
     class Error(Exception):
         """Stands in for wandb's."""

@@ -46,7 +46,7 @@ class TestSibling:
         missing = MISSING.get(sibling.stem, set())
         names = [field.name for field in dataclasses.fields(ours) if field.name not in missing]
         assert [field.name for field in dataclasses.fields(theirs)] == names
-        rule = lambda field: getattr(field.type, "__metadata__", [""])[0]  # the test beside it is a lambda of each file
+        rule = lambda field: getattr(field.type, "__metadata__", [""])[0]  # [1] is a different lambda in each file
         kind = lambda field: (getattr(field.type, "__origin__", field.type), rule(field))
         types = {field.name: kind(field) for field in dataclasses.fields(ours)}
         assert all(kind(field) == types[field.name] for field in dataclasses.fields(theirs))

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: always heard, always the same exit code, and nothing that was on its way to the disk is lost."""
+"""Ctrl-C and SIGTERM always end a run, each with a fixed exit code, and nothing on its way to the disk is lost."""
 
 import json
 import os
@@ -31,10 +31,10 @@ os.fsync = slow
 
 @conftest.one_fast
 def test_ctrl_c_while_the_run_waits_for_its_checkpoint(script, launcher, tmp_path):
-    """The checkpoint, with the default frequency the only one, is on disk when the process ends."""
+    """The checkpoint is on disk when the process ends. With the default frequency it is the only one."""
     process = launcher.start_patched(script, SLOW_DISK, *TINY, *IT, "--total-timesteps", "64")
     wait_for_line(process, "writing")
-    time.sleep(0.5)  # into the wait
+    time.sleep(0.5)  # until the run waits
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
@@ -81,7 +81,7 @@ script.Report.update = tell
 
 @conftest.one_fast
 def test_sigterm_while_an_actor_is_inside_xla(script, launcher):
-    """Python's own way out would abort over the actor's thread, with exit code 134."""
+    """Python's own exit would abort because of the actor's thread, with exit code 134."""
     flags = [*TINY, *ENDLESS, "--concurrency", "--actor-device-ids", "1"]
     process = launcher.start_patched(script, BUSY_ACTOR, *flags)
     out, err = process.communicate(timeout=60)
@@ -93,7 +93,7 @@ def test_sigterm_while_an_actor_is_inside_xla(script, launcher):
 @conftest.one_fast
 @pytest.mark.parametrize("count", [1, 2])
 def test_sigterm_at_ten_random_moments(script, launcher, count):
-    """With new environments after every second update, in one process or sent to one of two."""
+    """The run makes new environments every two updates. The signal goes to one process or to one of two."""
     flags = [*conftest.SMALL, *ENDLESS, "--checkpoint-frequency", "2", "--log-frequency", "1"]
     for attempt in range(10):
         if count == 1:
@@ -134,7 +134,7 @@ def test_sigterm_when_nobody_reads_stderr(script, launcher, tmp_path):
 
 @conftest.one_fast
 def test_a_closed_stderr(script, launcher, tmp_path):
-    """What was opened in its place, here a log of TensorBoard, gets no message of ours, and none of XLA's."""
+    """A file opened in its place, here a TensorBoard log, gets no message of the script or of XLA."""
     command = [f"{conftest.ROOT}/{script.__name__}.py", *TINY, *ENDLESS, *IT]
     process = launcher.start_shell(f'exec "$PYTHON" {" ".join(command)} 2>&-')
     wait_for_line(process, "steps/s,")
@@ -161,11 +161,11 @@ script.make_env = lambda *arguments: Slow(make_env(*arguments))
 
 @conftest.one_fast
 def test_a_run_that_was_frozen_goes_on(script, launcher):
-    """SLURM suspends jobs, and containers are paused: that is no hung step, though it lasts longer than one may."""
+    """SLURM suspends jobs, and containers are paused. A pause is not a hung step, even if it exceeds the timeout."""
     process = launcher.start_patched(script, SLOW_STEPS, *TINY, *ENDLESS, "--actor-timeout", "1")
     for _ in range(3):
         wait_for_line(process, "a slow step")
-        time.sleep(0.1)  # into it
+        time.sleep(0.1)  # until the step sleeps
         process.send_signal(signal.SIGSTOP)
         time.sleep(2.5)
         process.send_signal(signal.SIGCONT)
@@ -176,7 +176,7 @@ def test_a_run_that_was_frozen_goes_on(script, launcher):
 
 @conftest.one_fast
 def test_a_signal_ends_a_run(script, launcher, tmp_path):
-    """Ctrl-C and SIGTERM, each on a run of its own."""
+    """Ctrl-C ends one run and SIGTERM another."""
     processes = {}
     for number, game in ((signal.SIGINT, "Breakout-v5"), (signal.SIGTERM, "Pong-v5")):
         flags = [*conftest.SMALL, "--log-frequency", "1", "--env-id", game]
@@ -200,7 +200,7 @@ def test_a_signal_ends_a_run(script, launcher, tmp_path):
 
 @conftest.one_fast
 def test_a_lost_ctrl_c_ends_the_run_after_the_update(script, monkeypatch):
-    """An exception that a signal raises inside a callback of the garbage collector is lost; the signal is not."""
+    """An exception that a signal raises in a garbage collector callback is lost, but the signal is not."""
     update, heard = script.Report.update, set()
     deaf = lambda report, *news: (update(report, *news), heard.add(signal.SIGINT))
     monkeypatch.setattr(script.Report, "update", deaf)
@@ -214,13 +214,13 @@ def test_a_lost_ctrl_c_ends_the_run_after_the_update(script, monkeypatch):
 
 @pytest.mark.slow
 def test_a_second_sigterm_ends_at_once(script, launcher, tmp_path):
-    """In the middle of a rollout of minutes, with a summary."""
+    """The run ends in the middle of a rollout that takes minutes, with a summary."""
     flags = [*conftest.SMALL, "--num-steps", "65536", "--total-timesteps", "10000000"]
     process = launcher.start(script, *flags, PYTHONUNBUFFERED="1")
     while not list((tmp_path / "runs").glob("*/run.json")):
         assert process.poll() is None
         time.sleep(0.1)
-    time.sleep(3)  # into the first rollout
+    time.sleep(3)  # until the first rollout
     process.send_signal(signal.SIGTERM)
     assert process.stderr.readline().startswith("SIGTERM: the run ends after this update")
     time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""How much a reader of a script has to hold in mind: one statement, one idea."""
+"""Limits on how much a reader of a script has to hold in mind: one idea per statement."""
 
 import ast
 import io
@@ -14,7 +14,7 @@ FSTRING = tuple(getattr(token, name, None) for name in ("FSTRING_START", "FSTRIN
 
 
 def statements(text):
-    """[(line, number of tokens)] of all statements, wherever they are wrapped, without docstrings and comments."""
+    """[(line, number of tokens)] of all statements, however they are wrapped, without docstrings and comments."""
     found, parts, nested = [], [], 0
     for part in tokenize.generate_tokens(io.StringIO(text).readline):
         if part.type == token.NEWLINE:

@@ -1,4 +1,4 @@
-"""The throughput tool: that its parts are those of an update, how it combines their times, and what it prints."""
+"""The throughput tool: its parts are those of an update, their times combine correctly, and its output is right."""
 
 import json
 import os
@@ -23,7 +23,7 @@ TINY = ["--img-size", "16", "--local-num-envs", "4", "--num-steps", "8", "--num-
 
 
 class Network(nn.Module):
-    """Cheap to compile."""
+    """A network that compiles fast."""
 
     num_actions: int
     channels: tuple[int, ...]
@@ -38,13 +38,13 @@ class Network(nn.Module):
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch):
-    """What the tool changes in its process, which is otherwise its own."""
+    """Undo what the tool changes in its process, which is normally its own."""
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
     monkeypatch.setattr(sys, "path", [*sys.path])
 
 
 def slow_down(script, monkeypatch, before_step=lambda: None):
-    """The script with a small network and environments whose every step takes 20 ms more."""
+    """Give the script a small network, and environments whose steps take 20 ms longer."""
     step = script.Envs.step
 
     def slow_step(envs, action):
@@ -57,7 +57,7 @@ def slow_down(script, monkeypatch, before_step=lambda: None):
 
 
 def main(monkeypatch, script, *arguments: str) -> int | str:
-    """Run the tool; what it exits with."""
+    """Run the tool and return its exit code or message."""
     monkeypatch.setattr(sys, "argv", ["throughput.py", f"{conftest.ROOT / script.__name__}.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         throughput.main()
@@ -86,14 +86,14 @@ def test_limit(where, changed, seconds, what):
 
 @conftest.ppo_fast
 def test_parts_are_those_of_an_update(script, monkeypatch):
-    """Of one minibatch the sum of the gradients and a step of the optimizer are all that there is to learn."""
+    """With one minibatch, learning is the sum of the gradients and one optimizer step."""
     monkeypatch.setattr(script, "ActorCritic", Network)
     few = script.Args(img_size=16, local_num_envs=8, num_actor_threads=2, num_steps=8, learner_device_ids=(1, 2))
     make_parts = lambda args: throughput.make_parts(script, args, *script.set_up(args)[:2])
     epochs = {"update_epochs": 1} if hasattr(few, "update_epochs") else {}
     parts = make_parts(replace(few, num_minibatches=1, gradient_accumulation_steps=1, **epochs))
     (learned, _), (steps,) = parts["learning"](), parts["- optimizer"]()
-    stepped = [state for state, _ in steps]  # and the norm of the gradient
+    stepped = [state for state, _ in steps]  # without the norm of the gradient
     assert [jax.tree.leaves(state.params)[0].devices() for state in stepped] == [{d} for d in jax.local_devices()[1:3]]
     for one, other in zip(learned, stepped, strict=True):
         close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-3 * few.learning_rate)
@@ -101,21 +101,21 @@ def test_parts_are_those_of_an_update(script, monkeypatch):
 
     parts = make_parts(replace(few, num_minibatches=2, gradient_accumulation_steps=2))
     minibatches = 2 * getattr(few, "update_epochs", 1)
-    gradients = parts["- gradients"]()  # of every shard, and of every piece: all are distinct
+    gradients = parts["- gradients"]()  # one for every piece of every shard, all distinct
     distinct = [{script.params_sha256(part) for part in minibatch} for minibatch in gradients]
     assert [*map(len, gradients)] == [*map(len, distinct)] == [few.num_shards * 2] * minibatches
     sums, steps = parts["- sums over shards"](), parts["- optimizer"]()
     assert len(sums) == len(steps) == minibatches
-    assert sum(map(len, sums)) == minibatches + 2 * getattr(few, "update_epochs", 0)  # PPO's statistics of an epoch
+    assert sum(map(len, sums)) == minibatches + 2 * getattr(few, "update_epochs", 0)  # plus PPO's statistics per epoch
     assert [*map(len, steps)] == [2] * minibatches  # one on every learner device
     assert [len(actor) for actor in parts["- environments"]()] == [8, 8]  # steps
-    assert [len(actor) for actor in parts["- forward passes"]()] == [9, 9]  # and what follows the last step
+    assert [len(actor) for actor in parts["- forward passes"]()] == [9, 9]  # one more for the last observation
     assert [rollout.reward.shape for rollout in parts["playing"]()] == [(8, 8)] * 2
 
 
 @conftest.one_fast
 def test_parts_and_run(script, monkeypatch, capsys, tmp_path):
-    """Slow environments are seen as such, by the run too, and two actors wait for theirs at the same time."""
+    """The parts and the run both show slow environments, and two actors wait for theirs at the same time."""
     slow_down(script, monkeypatch)
     path, handoff = tmp_path / "figures.json", script.HandOff
     two = [*TINY, "--num-actor-threads", "2"]
@@ -128,7 +128,7 @@ def test_parts_and_run(script, monkeypatch, capsys, tmp_path):
     assert 0 < parts["- forward passes"] < 0.16
     assert run["seconds"] > 0.16
     both = parts["playing"] + parts["sending rollouts"] + parts["learning"] + parts["sending parameters"]
-    assert figures["limit"] == pytest.approx(both)  # on a CPU
+    assert figures["limit"] == pytest.approx(both)  # on a CPU they share the cores
     assert len(ratios) == len(figures["rounds"]) > 0
     first = figures["rounds"][0]
     assert ratios[0] == throughput.limit(first["parts"], False, True, True)[0] / first["run"]["seconds"]
@@ -145,13 +145,13 @@ def test_parts_and_run(script, monkeypatch, capsys, tmp_path):
     assert f"ratio {statistics.median(ratios):.3f} ({len(ratios)} rounds, " in gist
     assert f"the learner waits {run['wait'] / run['seconds']:.0%} of the time for rollouts" in gist
 
-    assert [*tmp_path.iterdir()] == [path]  # runs leave nothing behind, in the script neither
+    assert [*tmp_path.iterdir()] == [path]  # runs leave nothing behind, not even in the script
     assert script.HandOff is handoff
 
 
 @pytest.mark.slow
 def test_trace_and_memory(script, monkeypatch, capsys, tmp_path):
-    """--no-parts prints nothing but knows the memory; the profile is of a run that it does not measure."""
+    """--no-parts prints nothing but records the memory. The profile comes from a run that is not measured."""
     slow_down(script, monkeypatch)
     path = tmp_path / "figures.json"
     options = ["--no-parts", "--minutes", "0.001", "--json", path, "--trace", tmp_path / "profile"]
@@ -162,7 +162,7 @@ def test_trace_and_memory(script, monkeypatch, capsys, tmp_path):
     assert len(figures["rounds"]) == 1
     assert figures["parts"] == {}
     assert 1e8 < figures["memory"] < 1e11
-    assert figures["device_memory"] is None  # a CPU does not say
+    assert figures["device_memory"] is None  # a CPU does not report it
     (profile,) = (tmp_path / "profile").rglob("*.xplane.pb")
     assert b"get_rollouts" in profile.read_bytes()
 
@@ -175,7 +175,7 @@ def test_a_wrong_flag_is_named(script, monkeypatch):
 
 @pytest.mark.slow
 def test_a_failing_actor_ends_the_tool(monkeypatch):
-    """Also in the seventh rollout, while the run is held, and nobody but the tool waits for the actors."""
+    """An actor fails in the seventh rollout, while the run is held and only the tool waits for the actors."""
     script, steps, rounds = conftest.load("cleanba_impala_envpool"), Counter(), []
 
     def fail():
@@ -185,7 +185,7 @@ def test_a_failing_actor_ends_the_tool(monkeypatch):
             raise OSError("no more games")
 
     class Endless(set):
-        def add(self, number):  # not heard: the run goes on
+        def add(self, number):  # ignores the signal, so the run goes on
             rounds.append(number)
             assert len(rounds) < 3, "the run goes on without actors"
 
@@ -219,7 +219,7 @@ class Inline:
 
 @conftest.one_fast
 def test_scaling(script, monkeypatch, capsys, tmp_path):
-    """One process for each point; one that fails is shown and reported."""
+    """Each point has a process of its own. A point that fails is shown and reported."""
     path, points = tmp_path / "figures.json", []
 
     def measure(options):
@@ -248,7 +248,7 @@ def test_scaling(script, monkeypatch, capsys, tmp_path):
 
 @pytest.mark.slow
 def test_points_of_scaling(tmp_path):
-    """Processes that really have as many learner devices."""
+    """The processes really have the number of learner devices of their point."""
     command = [sys.executable, str(conftest.ROOT / "benchmark" / "throughput.py")]
     command += [str(conftest.ROOT / "cleanba_impala_envpool.py"), "--json", "figures.json", "--minutes", "0.02"]
     environment = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}

@@ -1,4 +1,4 @@
-"""With the real Weights & Biases, offline: its files hold flags, and the log by steps; a resumed run is the same one.
+"""The real Weights & Biases, offline: its files hold the flags and the log by steps, and a resumed run keeps its id.
 
 uv run --extra track pytest -m slow tests/test_wandb.py
 """
@@ -18,14 +18,14 @@ pytestmark = pytest.mark.slow
 
 
 def records(data: bytes):
-    """What a .wandb file holds: after 7 bytes, LevelDB's log, pieces of records in blocks of 32 KiB."""
+    """Yield the records of a .wandb file: 7 bytes, then LevelDB's log, pieces of records in blocks of 32 KiB."""
     assert data[:4] == b":W&B"
     at, whole = 7, b""
     while at + 7 <= len(data):
         if (left := 32768 - at % 32768) < 7:
-            at += left  # no room for a head
+            at += left  # no room for a header
             continue
-        _, length, part = struct.unpack("<IHB", data[at : at + 7])  # checksum, length, whole or first, middle, last
+        _, length, part = struct.unpack("<IHB", data[at : at + 7])  # checksum, length, whole/first/middle/last
         whole += data[at + 7 : at + 7 + length]
         at += 7 + length
         if part in (1, 4):
@@ -36,7 +36,7 @@ def records(data: bytes):
 
 
 def told(path: Path) -> dict:
-    """What a run has told Weights & Biases: id, name, project, flags; rows of its log; exit code."""
+    """What a run has sent to Weights & Biases: id, name, project, flags, rows of its log, exit code."""
     found = {"rows": []}
     for record in records(path.read_bytes()):
         kind = record.WhichOneof("record_type")
@@ -54,7 +54,7 @@ def told(path: Path) -> dict:
 
 @conftest.one_fast
 def test_offline(script, launcher, tmp_path):
-    """Ended by SIGTERM after a few updates, resumed from the checkpoint of an earlier one."""
+    """SIGTERM ends a run after a few updates, and it resumes from the checkpoint of an earlier one."""
     flags = [*conftest.SMALL, "--num-actor-threads", "2", "--log-frequency", "1", "--checkpoint-frequency", "2"]
     flags += ["--track", "--wandb-project-name", "project", "--resume", "it", "--start-fresh"]
     flags += ["--total-timesteps", str(12 * 256)]
@@ -67,7 +67,7 @@ def test_offline(script, launcher, tmp_path):
     first = json.loads((tmp_path / "runs/it/summary.json").read_text())
     second = launcher.run(script, *flags, **offline)
 
-    paths = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))  # named by their time
+    paths = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))  # sorted by time, which is in the name
     assert [path.stem.removeprefix("run-") for path in paths] == [first["wandb_id"], second["wandb_id"]]
     assert first["wandb_id"] == second["wandb_id"]
     runs = [told(path) for path in paths]
