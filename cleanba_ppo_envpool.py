@@ -1,13 +1,18 @@
 # /// script
-# requires-python = ">=3.11,<3.15"
-# dependencies = ["envpool==1.2.5", "flax==0.12.8", "gymnasium==1.4.0", "jax==0.10.2", "numpy==2.4.6", "optax==0.2.8",
-#                 "tensorboard==2.21.0", "tyro==1.0.17"]
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "envpool==1.2.5; python_version < '3.12'", "envpool==1.2.7; python_version >= '3.12'",
+#     "flax==0.12.8; python_version < '3.12'", "flax==0.12.12; python_version >= '3.12'",
+#     "jax==0.10.2; python_version < '3.12'", "jax==0.12.0.1; python_version >= '3.12'",
+#     "numpy==2.4.6; python_version < '3.12'", "numpy==2.5.5; python_version >= '3.12'",
+#     "gymnasium==1.4.0", "optax==0.2.8", "tensorboard==2.21.0", "tyro==1.0.17",
+# ]
 # ///
 """PPO on Atari with many actors and many learner devices, reproducible to the bit (Cleanba, Huang et al. 2023).
 
-Actors (threads, each with a pool of environments) play rollouts; the learner (one or more devices) turns one rollout
-of every actor into one update. Parameters are handed to the actors as tokens, one token a rollout, so which version
-plays which rollout never depends on which thread was fast:
+Actors (threads, each with a pool of environments) play rollouts; the learner (one or more devices) turns one rollout of
+every actor into one update. Parameters are handed to the actors as tokens, one per rollout, so the version that plays a
+rollout never depends on which thread was fast:
 
              rollout 1   rollout 2      rollout 3      rollout 4
     actors   play v0     play v0        play v1        play v2          with --concurrency
@@ -102,7 +107,7 @@ class Args:
     img_size: int = 84  # height and width of observations; 42 suits a CPU
     local_num_envs: Count = 64  # environments of each actor thread
     env_threads: Natural = 0  # EnvPool threads of each actor; 0 shares the cores among the actors
-    actor_timeout: Count = 300  # seconds that a step of an actor's environments, or making them, may take
+    actor_timeout: Count = 300  # seconds that making an actor's environments, or one step of them, may take
     # Algorithm
     learning_rate: Weight = 2.5e-4  # learning rate of Adam at the start
     anneal_lr: bool = True  # decrease the learning rate linearly to 0
@@ -110,7 +115,7 @@ class Args:
     gamma: Fraction = 0.99  # discount factor
     gae_lambda: Fraction = 0.95  # lambda of generalized advantage estimation
     num_minibatches: Count = 4  # optimizer steps per epoch
-    gradient_accumulation_steps: Count = 1  # pieces of a shard's part of a minibatch: less memory, same statistics
+    gradient_accumulation_steps: Count = 1  # pieces per shard and minibatch: less memory, same statistics
     update_epochs: Count = 4  # passes over a batch
     norm_adv: bool = True  # normalise advantages over the global minibatch
     clip_coef: Positive = 0.1  # PPO's clip range of the probability ratio
@@ -126,9 +131,9 @@ class Args:
     num_actor_threads: Count = 2  # actor threads on each actor device
     actor_device_ids: Ids = (0,)  # local devices that compute the actors' forward passes
     learner_device_ids: Ids = (0,)  # local devices that compute gradients
-    num_shards: Count = 4  # slices of a batch whose gradients are computed apart; a multiple of the learner devices
+    num_shards: Count = 4  # slices of a batch, one gradient each; a multiple of the number of learner devices
     # Checkpoints
-    checkpoint_frequency: Natural = 0  # updates between checkpoints, after each of which games restart; 0: at the end
+    checkpoint_frequency: Natural = 0  # updates between checkpoints (each restarts the games); 0: only at the end
     keep_checkpoints: Natural = 2  # number of newest checkpoints to keep; 0 keeps all
     resume: Place = None  # resume this run: its directory, or its name below runs
     start_fresh: bool = False  # with --resume, start the run if it has no checkpoint
@@ -136,11 +141,11 @@ class Args:
     save_model: bool = False  # at the end write parameters and flags to model.msgpack, and play games with them
     eval_episodes: Count = 10  # games that --save-model plays, each in its own environment
     # Processes
-    distributed: bool = False  # be one of many processes, as SLURM, Open MPI or Kubernetes say
-    coordinator_address: str | None = None  # HOST:PORT of process 0, where no cluster says it
-    num_processes: int | None = None  # number of processes of the run, where no cluster says it
-    process_id: int | None = None  # number of this process, from 0, where no cluster says it
-    peer_timeout: Count = 100  # seconds after which a missing or silent process is given up, and the run with it
+    distributed: bool = False  # join the processes that SLURM, Open MPI or Kubernetes started
+    coordinator_address: str | None = None  # HOST:PORT of process 0; a cluster sets it itself
+    num_processes: int | None = None  # number of processes of the run; a cluster sets it itself
+    process_id: int | None = None  # number of this process, from 0; a cluster sets it itself
+    peer_timeout: Count = 100  # seconds after which a missing or silent process ends the run
 
 
 # === §2 Environment ===================================================================================================
@@ -223,7 +228,7 @@ class Envs:
         self.obs, reward, terminated, truncated, info = self.pool.step(action)
         self.is_stepping = False
 
-        # The game's own points, and its own end, which EnvPool may report as a time limit alone.
+        # The game's own points, unclipped, and its true end, which EnvPool may report as a time limit.
         self.score += info.get("reward", reward)
         self.length += ~self.is_reset_row
         game_terminated = info.get("terminated", terminated).astype(bool)
@@ -432,7 +437,7 @@ class HandOff:
     def __init__(self, actor_devices, concurrency, actor_timeout=np.inf, signals_received=()):
         self.devices = actor_devices
         self.concurrency = concurrency
-        self.actor_timeout = actor_timeout  # seconds that a step of an actor's environments, or making them, may take
+        self.actor_timeout = actor_timeout  # seconds that making an actor's environments, or one step of them, may take
         self.signals_received = signals_received
         self.envs = dict.fromkeys(actor_devices)  # of each actor; None while they are made
         self.params = {actor_id: queue.SimpleQueue() for actor_id in actor_devices}
@@ -466,7 +471,7 @@ class HandOff:
         return deliveries
 
     def wait_for_delivery(self, actor_id):
-        """Counts its own waits of a second, not what a clock says: that runs on while the process is frozen."""
+        """Counts its own waits of a second, because a clock runs on while the process is frozen."""
         waited = Counter()
         while True:
             with suppress(queue.Empty):
@@ -558,7 +563,7 @@ def ppo_loss(params, apply, minibatch, args):
 
 
 def summarise(metrics):
-    """Means over the minibatches of an update, and what only such means can say."""
+    """Means over the minibatches of an update, and explained_variance, which is made of them."""
 
     def mean(*values):
         return float(np.mean(values, dtype=np.float64))
@@ -587,7 +592,7 @@ def make_optimizer(args, sizes):
 
 
 def shuffled(args, shard_envs):
-    """What the minibatches of a shard are drawn from: how many, and of what."""
+    """What a shard's minibatches are drawn from: the number and the unit."""
     return args.num_steps * shard_envs, "rows (steps x environments)"
 
 
@@ -776,9 +781,10 @@ def tree_sum(parts, while_even=False):
 def make_sum_over_shards(devices):
     """The sum over all shards: takes what each local shard adds (a tree), returns the sum on each local learner device.
 
-    One binary tree over the shard index, the same for any number of devices, and so are the bits. A device adds up its
-    own shards as far as the tree has them together. Of these vectors an all-to-all gives device d the d-th slices, an
-    all-gather brings the finished sums back: each of n devices sends 2 (n - 1) / n vectors, as in a ring all-reduce.
+    One binary tree over the shard index adds up, the same for any number of devices, so the bits are the same too. A
+    device first adds up the subtrees that are all its own. Then an all-to-all gives device d the d-th slices, which it
+    adds up, and an all-gather brings the sums back: each of n devices sends 2 (n - 1) / n vectors, as in a ring
+    all-reduce.
     """
     num_devices = devices.mesh.size
     if num_devices == 1:
@@ -851,7 +857,7 @@ JAX_SETTINGS = """
     jax_high_dynamic_range_gumbel jax_use_direct_linearize jax_softmax_custom_jvp jax_compiler_enable_remat_pass
     jax_disable_most_optimizations jax_optimization_level jax_memory_fitting_level jax_enable_pgle
 """.split()
-# flags that may change on resume, and all but load_model between processes: where a run is, what is kept and shown
+# flags that may change on resume and, except load_model, between processes: where a run is, what is kept and shown
 FREE_FLAGS = """
     coordinator_address num_processes process_id distributed peer_timeout actor_timeout
     num_actor_threads env_threads actor_device_ids learner_device_ids
@@ -895,7 +901,7 @@ def with_tuples(args):
 
 
 def check_args(args, num_processes=1):
-    """Hold the flags against their rules and each other, before anything is built. Raises FlagError."""
+    """Check the flags against their rules and each other, before anything is built. Raises FlagError."""
     for flag, kind in get_type_hints(Args, include_extras=True).items():
         value = getattr(args, flag)
         default = getattr(Args, flag)
@@ -1152,7 +1158,7 @@ def unpack(data):
 
 
 def write_file(path, data):
-    """A file is there whole or not at all, also on a full disk."""
+    """Write a file whole or not at all, even on a full disk."""
     with open(path.with_name("unfinished"), "wb") as file:  # one name: what a killed process left is written over
         file.write(data)
         file.flush()
@@ -1189,7 +1195,7 @@ def run_directory(args):
 
 
 def check_resume(before, now):
-    """Hold the record of the run to resume against that of now. Raises FlagError for flags that decide the bits."""
+    """Compare the record of the run to resume with that of now. Raises FlagError for flags that decide the bits."""
     for name, value in before["platform"].items():
         if now["platform"].get(name) != value:
             print(f"{name}: {now['platform'].get(name)} now and {value} before, the bits may differ")
@@ -1251,7 +1257,7 @@ def load_params(args, params):
 
 
 # === §13 Report [shared] ==============================================================================================
-# what a run has come to, over all its starts; a checkpoint has it too
+# counters of a run over all its starts, which a checkpoint has too
 RUN_COUNTERS = "updates episodes scores seconds_before resumed_at wandb_id".split()
 
 
@@ -1427,7 +1433,7 @@ class Report(AbstractContextManager):
             print(f"model: {self.run}/model.msgpack, mean score of {len(scores)} games {mean:.2f}")
 
     def __exit__(self, kind, error, trace):
-        """Flush everything, write summary.json and print its gist and, if not finished, how to go on."""
+        """Flush everything, write summary.json, and print its gist. If the run is not finished, say how to resume."""
         if not self.writer:  # the run has not begun
             return
         if kind:
@@ -1438,7 +1444,7 @@ class Report(AbstractContextManager):
         try:
             write_file(self.run / "summary.json", json.dumps(self.summary, indent=2).encode())
             self.writer.close()
-        except OSError as failure:  # a full disk must not hide what it made fail
+        except OSError as failure:  # a full disk must not hide the first error
             print(f"summary.json or the log could not be written: {failure}")
         if self.wandb:
             self.wandb.finish(exit_code=int(self.status != "finished"))
@@ -1557,7 +1563,7 @@ def configure_jax(args):
         print("no home directory: compiled programs are not kept (JAX_COMPILATION_CACHE_DIR)", file=sys.stderr)
     elif not jax.config.jax_compilation_cache_dir:  # JAX_ENABLE_COMPILATION_CACHE=0 turns it off
         jax.config.update("jax_compilation_cache_dir", f"{home}/.cache/cleanba")
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # keep what compiles fast, too
     if jax.config.jax_num_cpu_devices < 0:  # a CPU is as many devices as are asked for
         jax.config.update("jax_num_cpu_devices", 1 + max(args.actor_device_ids + args.learner_device_ids))
     # A flag of the user's comes later and wins.

@@ -1,4 +1,4 @@
-"""Disks that fill up, files that are damaged or gone, environments that hang or die, homes that are not there."""
+"""Full disks, damaged or missing files, environments that hang or die, and a missing home directory."""
 
 import contextlib
 import errno
@@ -29,7 +29,7 @@ def train(script, **flags):
 
 
 def test_a_file_is_whole_or_the_old_one(script, tmp_path, monkeypatch):
-    """A full disk says so when the last bytes are forced onto it."""
+    """A full disk may fail only at fsync, and the old file is kept."""
     path = tmp_path / "summary.json"
     script.write_file(path, b"old")
 
@@ -47,7 +47,7 @@ def test_a_file_is_whole_or_the_old_one(script, tmp_path, monkeypatch):
 
 @conftest.one_fast
 def test_json_files_of_a_run_are_written_whole(script, monkeypatch):
-    """run.json and summary.json keep what they had where a disk is full."""
+    """run.json and summary.json keep their old content when the disk is full."""
     train(script, **IT)
     before = {name: Path("runs/it", name).read_text() for name in ("run.json", "summary.json")}
     write_file = script.write_file
@@ -72,12 +72,12 @@ def test_json_files_of_a_run_are_written_whole(script, monkeypatch):
         train(script, **IT)
     assert {name: Path("runs/it", name).read_text() for name in before} == before
     for writer in writers:
-        writer.close()  # a process that ends would take its thread along
+        writer.close()  # its thread would otherwise live until the process ends
 
 
 @conftest.one_fast
 def test_unreadable_checkpoints_of_later_updates(script):
-    """A run that starts afresh among them keeps its own, and goes on from these."""
+    """A run that starts afresh among them keeps its own checkpoints and resumes from those."""
     flags = dict(checkpoint_frequency=1, total_timesteps=6 * 32)
     whole = train(script, **flags, **IT)
     folder = Path("runs/it/checkpoints")
@@ -93,7 +93,7 @@ def test_unreadable_checkpoints_of_later_updates(script):
 
 @conftest.one_fast
 def test_a_checkpoint_that_a_user_has_copied(script):
-    """Only names of digits are checkpoints; a copy neither ends the run nor is it removed."""
+    """Only files named with digits are checkpoints. A copy neither ends the run nor is removed."""
     flags = dict(checkpoint_frequency=1, total_timesteps=4 * 32)
     train(script, **flags | dict(total_timesteps=64), anneal_lr=False, **IT)
     folder = Path("runs/it/checkpoints")
@@ -107,7 +107,7 @@ def test_a_checkpoint_that_a_user_has_copied(script):
 
 @conftest.one_fast
 def test_a_loaded_model_that_is_gone(script, monkeypatch):
-    """A checkpoint has everything: a run that began with --load-model resumes without the file, or without the flag."""
+    """A checkpoint is complete: a run started with --load-model resumes without the file or without the flag."""
     parent = train(script, save_model=True, eval_episodes=1, env_id="Pong-v5")
     model = Path("runs", parent["run_name"], "model.msgpack")
     flags = dict(env_id="Pong-v5", load_model=str(model), total_timesteps=96)
@@ -122,7 +122,7 @@ def test_a_loaded_model_that_is_gone(script, monkeypatch):
 
 
 def test_two_runs_of_one_second_have_two_names(script, monkeypatch):
-    """Process ids do not tell containers apart, and clocks do not either."""
+    """Runs in two containers can have the same process id and the same clock time."""
     monkeypatch.setattr(time, "strftime", lambda *_: "20261127-000000")
     monkeypatch.setattr(os, "getpid", lambda: 1)
     names = {script.run_directory(script.Args()).name for _ in range(100)}
@@ -131,7 +131,7 @@ def test_two_runs_of_one_second_have_two_names(script, monkeypatch):
 
 
 def test_where_a_run_is(script, tmp_path, monkeypatch):
-    """An existing directory first, then a name below runs; with a separator it is a path."""
+    """--resume means an existing directory first, then a name below runs. With a separator it is a path."""
     (tmp_path / "here").mkdir()
     directory = lambda resume: script.run_directory(script.Args(resume=resume))
     assert directory("here") == Path("here")
@@ -146,7 +146,7 @@ def test_where_a_run_is(script, tmp_path, monkeypatch):
 
 @conftest.one_fast
 def test_parameters_that_part_never_reach_a_checkpoint(script, monkeypatch):
-    """Two processes of which one, from the third update on, has other parameters."""
+    """One of two processes has different parameters from the third check on."""
     share, hashes = script.share, []
 
     def share_with_another(value):
@@ -163,7 +163,7 @@ def test_parameters_that_part_never_reach_a_checkpoint(script, monkeypatch):
 
 @conftest.one_fast
 def test_environments_whose_construction_hangs(script, launcher, tmp_path):
-    """As the second pool's would, where the games lie on a file server that is gone."""
+    """Making the second pool hangs, as it would with games on a file server that is down."""
     hang = """
 make_env, pools = script.make_env, []
 def make(*arguments):
@@ -184,7 +184,7 @@ script.make_env = make
 
 @conftest.one_fast
 def test_a_device_that_failed_does_not_hide_the_summary(script, monkeypatch):
-    """Its parameters cannot be fetched any more."""
+    """The summary is written even if the parameters can no longer be fetched."""
 
     def fail(params):
         raise RuntimeError("the device is gone")
@@ -204,7 +204,7 @@ def test_a_device_that_failed_does_not_hide_the_summary(script, monkeypatch):
 
 @conftest.one_fast
 def test_an_error_about_a_flag_leaves_the_run_as_it_was(script):
-    """Also one that is found late, when the checkpoint is opened: here the network is another."""
+    """This also holds for an error found late, in an opened checkpoint: here it has a different network."""
     train(script, **IT)
     files = lambda: {path: path.stat().st_mtime_ns for path in Path("runs/it").rglob("*")}
     before = files()
@@ -219,7 +219,7 @@ def test_an_error_about_a_flag_leaves_the_run_as_it_was(script):
 
 @conftest.one_fast
 def test_no_home_directory(script, launcher, tmp_path):
-    """As in a container: no folder named ~ appears."""
+    """Without a home directory, as in a container, no folder named ~ appears."""
     environment = dict(JAX_COMPILATION_CACHE_DIR="")
     forget = "import posixpath; posixpath.expanduser = lambda path: path"  # HOME is not set, and no user has this id
     flags = "--img-size 16 --channels 4 --local-num-envs 4 --num-actor-threads 1 --num-steps 8 --num-minibatches 1"
@@ -231,8 +231,20 @@ def test_no_home_directory(script, launcher, tmp_path):
 
 
 @conftest.one_fast
+def test_a_moved_cache_keeps_every_program(script, tmp_path):
+    """Like the default cache, it also keeps what compiles fast."""
+    code = (
+        f"import jax, {script.__name__} as script; script.configure_jax(script.Args()); jax.jit(lambda x: x + 1)(1.0)"
+    )
+    moved = {"JAX_COMPILATION_CACHE_DIR": "moved", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1"}
+    moved["PYTHONPATH"] = str(conftest.ROOT)
+    subprocess.run([sys.executable, "-c", code], env=os.environ | moved, check=True, timeout=60)
+    assert list(tmp_path.glob("moved/*-cache"))
+
+
+@conftest.one_fast
 def test_final_games_cost_no_training_time(script, monkeypatch):
-    """seconds, sps and sps_steady leave them out, and a finished run that is started again keeps their scores."""
+    """seconds, sps and sps_steady exclude the final games. A finished run that starts again keeps their scores."""
     play_games = script.play_games
 
     def play_slowly(*arguments):
@@ -292,7 +304,7 @@ def test_an_actor_that_dies_ends_the_run(script, launcher, tmp_path):
 
 @conftest.one_fast
 def test_nothing_is_left_when_an_actor_dies(script, monkeypatch, counting_pool):
-    """In this process: the error comes within seconds, and no actor survives it."""
+    """In this process, the error comes within seconds and no actor thread survives."""
     failed_at = []
 
     class Faulty(counting_pool):
@@ -317,7 +329,7 @@ def test_nothing_is_left_when_an_actor_dies(script, monkeypatch, counting_pool):
 @conftest.one_fast
 @pytest.mark.parametrize("how", ["timeout", "SIGTERM", "Ctrl-C"])
 def test_environments_that_hang(script, monkeypatch, counting_pool, how):
-    """The run ends within seconds, names actor and step, and leaves a summary; compiling takes no part of the time."""
+    """The run ends within seconds, names actor and step, and leaves a summary. The timeout excludes compilation."""
     released, heard = threading.Event(), set()
 
     class Hanging(counting_pool):
@@ -353,7 +365,7 @@ def test_environments_that_hang(script, monkeypatch, counting_pool, how):
 
 @conftest.one_fast
 def test_nan_ends_the_run(script):
-    """At the next log, with its name; no checkpoint is made of it, and the last one before is kept."""
+    """The run ends at the next log and names the metric. It saves no checkpoint and keeps the ones before."""
     flags = TINY | dict(checkpoint_frequency=1, total_timesteps=10**6, resume="it", start_fresh=True, anneal_lr=False)
     with pytest.raises(FloatingPointError, match=r"update \d+: losses/\w+ is not finite, no checkpoint made"):
         script.train(script.Args(**flags, learning_rate=1e30))
@@ -365,7 +377,7 @@ def test_nan_ends_the_run(script):
 
 @conftest.one_fast
 def test_what_fails_before_the_run_begins_leaves_nothing(script, monkeypatch):
-    """Here while the network is built; from the moment that its directory exists, a run ends with a summary."""
+    """A run that fails while the network is built leaves nothing. Once its directory exists, it leaves a summary."""
 
     class Broken(script.ActorCritic):
         def __call__(self, obs):
@@ -385,7 +397,7 @@ def test_what_fails_before_the_run_begins_leaves_nothing(script, monkeypatch):
 
 @conftest.one_fast
 def test_a_run_json_that_a_full_disk_left_empty(script, monkeypatch, whole):
-    """All that a resumed run needs is in the checkpoint."""
+    """The checkpoint holds all that a resumed run needs."""
     train_until(script, monkeypatch, 3)
     Path("runs/it/run.json").write_text("")
     with pytest.raises(script.FlagError, match=r"--gamma 0\.9: the run to resume has 0\.99"):
@@ -403,7 +415,7 @@ def test_a_directory_that_cannot_be_written(script):
 @pytest.mark.parametrize("damage", ["truncated", SLOW("flipped"), SLOW("emptied")])
 @conftest.one_fast
 def test_a_damaged_checkpoint(script, whole, monkeypatch, capfd, damage):
-    """The one before is taken, and the damaged one written again."""
+    """A damaged checkpoint is skipped in favour of the one before, and is written again."""
     train_until(script, monkeypatch, 5, **LONGER)
     newest = Path("runs/it/checkpoints/4.msgpack")
     if damage == "truncated":
@@ -455,7 +467,7 @@ def test_kill_9_while_a_checkpoint_is_written(script, whole, tmp_path):
 
 @contextlib.contextmanager
 def small_disk(path, size):
-    """A file system of its own; skips the test where none can be made."""
+    """Mount a file system of `size` at `path`. Skip the test where that is not allowed."""
     path.mkdir()
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True)
     if made.returncode:
@@ -468,7 +480,7 @@ def small_disk(path, size):
 
 @conftest.one_fast
 def test_a_full_disk(script, whole, tmp_path, monkeypatch):
-    """The run ends with an error that says so; with room again, its last whole checkpoint is resumed."""
+    """A full disk ends the run with an error that says so. With room again, the last whole checkpoint is resumed."""
     save = script.Report.save
 
     def fill(report, update, tree):
