@@ -55,7 +55,7 @@ def random_rollout(script, seed, steps=40, envs=6):
     rng = np.random.default_rng(seed)
     done = np.zeros((steps, envs), bool)
     for t in range(steps):
-        done[t] = (rng.random(envs) < 0.2) & ~(done[t - 1] if t else False)
+        done[t] = (rng.random(envs) < 0.2) & ~done[t - 1]
     terminated = done & (rng.random((steps, envs)) < 0.5)
     reward, value, last = rng.normal(size=(steps, envs)), rng.normal(size=(steps, envs)), rng.normal(size=envs)
     reset = np.concatenate([np.zeros((1, envs), bool), done])
