@@ -17,7 +17,11 @@ def split(text: str) -> dict[str, str]:
     """Title -> text of every part: "header", "docstring", "imports", then the sections by their title lines."""
     head, *sections = re.split(r"^(?=# === §)", text, flags=re.MULTILINE)
     header, docstring, imports = re.fullmatch(r'(.*?# ///\n)(""".*?"""\n)(.*)', head, re.DOTALL).groups()
-    return {"header": header, "docstring": docstring, "imports": imports} | {s.split("\n")[0]: s for s in sections}
+    parts = {"header": header, "docstring": docstring, "imports": imports}
+    for section in sections:
+        title, _ = section.split("\n", 1)
+        parts[title] = section
+    return parts
 
 
 def shared(title: str) -> bool:
