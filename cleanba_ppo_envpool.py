@@ -137,7 +137,7 @@ class Args:
     keep_checkpoints: Natural = 2  # number of newest checkpoints to keep; 0 keeps all
     resume: Place = None  # resume this run: its directory, or its name below runs
     start_fresh: bool = False  # with --resume, start the run if it has no checkpoint
-    load_model: Place = None  # start with the parameters of this model.msgpack, of the same network
+    load_model: Place = None  # start with the parameters of this model.msgpack or checkpoint, of the same network
     save_model: bool = False  # at the end write parameters and flags to model.msgpack, and play games with them
     eval_episodes: Count = 10  # games that --save-model plays, each in its own environment
     # Processes
@@ -481,10 +481,12 @@ class HandOff:
             if envs:
                 step = f"step {envs.steps_begun} of its environments" if envs.is_stepping else "waiting"
             waited[step] += 1
-            if waited[step] > self.actor_timeout and step != "waiting":
+            if step == "waiting":
+                continue
+            if waited[step] > self.actor_timeout:
                 raise TimeoutError(f"actor {actor_id}: {step} takes more than {self.actor_timeout} s")
-            if waited[step] > 6 and envs and envs.is_stepping and self.signals_received:
-                sys.exit(128 + signal.SIGTERM)  # whoever wants to end does not wait for a step that hangs
+            if waited[step] > 6 and self.signals_received:
+                sys.exit(128 + signal.SIGTERM)  # whoever wants to end does not wait for environments that hang
 
     def stop(self):
         """Called by the learner: no actor waits or plays on."""
@@ -1055,8 +1057,9 @@ def set_up(args, signals_received=()):
     all_learners = [global_device[i] for _, ids in everyone for i in ids]
     mesh = Mesh(np.array(all_learners), ("learner",))
     shards_each = args.num_shards // mesh.size
-    first_shard = global_state.process_id * len(learners) * shards_each
-    shards = [Shard(first_shard + i, i // shards_each) for i in range(len(learners) * shards_each)]
+    own_shards = len(learners) * shards_each
+    first_shard = global_state.process_id * own_shards
+    shards = [Shard(first_shard + i, i // shards_each) for i in range(own_shards)]
     actors = dict(enumerate(actor_devices, start=global_state.process_id * sizes.actors))
 
     names = {"actors": [*map(str, dict.fromkeys(actor_devices))], "learners": [*map(str, all_learners)]}
@@ -1194,15 +1197,30 @@ def run_directory(args):
     return Path("runs", args.resume)
 
 
-def check_resume(before, now):
-    """Compare the record of the run to resume with that of now. Raises FlagError for flags that decide the bits."""
+def check_resume(before, now, updates):
+    """Compare the record of the run to resume, which has done `updates`, with that of now.
+
+    Raises FlagError for flags that decide the bits.
+    """
     for name, value in before["platform"].items():
         if now["platform"].get(name) != value:
             print(f"{name}: {now['platform'].get(name)} now and {value} before, the bits may differ")
     for flag, value in before["hyper_parameters"].items():
         value_now = now["hyper_parameters"].get(flag)
-        if value_now != value:
-            raise flag_error(flag, value_now, f"the run to resume has {value}", value)
+        rule = f"the run to resume has {value}"
+        if flag == "total_timesteps" and value_now > value:
+            rule = why_not_longer(now["args"], updates)
+        if value_now != value and rule:
+            raise flag_error(flag, value_now, rule, value)
+
+
+def why_not_longer(args, updates):
+    """Why a run that has done `updates` is not the beginning of a longer one; nothing if it is."""
+    if args.get("anneal_lr", True):  # a fork may have a schedule of its own
+        return "a longer run has other learning rates (--anneal-lr); start another with --load-model CHECKPOINT"
+    if updates % (args["checkpoint_frequency"] or sys.maxsize):
+        return f"a longer run has no checkpoint at update {updates}; start another with --load-model CHECKPOINT"
+    return ""
 
 
 def lock_run(args, run):
@@ -1250,7 +1268,8 @@ def load_params(args, params):
     """The parameters of --load-model in the structure of `params`. Raises FlagError."""
     example = "runs/RUN/model.msgpack"
     try:
-        saved = unpack(Path(args.load_model).read_bytes())["params"]
+        content = unpack(Path(args.load_model).read_bytes())
+        saved = content.get("params") or content["state"]["0"]["params"]
     except (OSError, ValueError, KeyError) as error:
         raise flag_error("load_model", args.load_model, f"cannot be read: {error}", example) from None
     return match_structure(args, "load_model", saved, params, example)
@@ -1265,7 +1284,6 @@ class Report(AbstractContextManager):
     """What process 0 keeps and shows of a run. Once begun it ends with summary.json, whatever is raised within it."""
 
     updates = episodes = seconds_before = 0  # seconds_before: this start
-    status = "failed"
     newest_checkpoint = 0  # its update
     writing = None  # of a checkpoint
     first_update = None  # (time, step) when this start's first one ended
@@ -1283,8 +1301,8 @@ class Report(AbstractContextManager):
         self.resumed_at = []  # updates
         if self.checkpoint:
             content = unpack(self.checkpoint)
-            check_resume(json.loads(content["record"]), record)
             vars(self).update(json.loads(content["counters"]))
+            check_resume(json.loads(content["record"]), record, self.updates)
             self.newest_checkpoint = self.updates
             self.resumed_at.append(self.updates)
         can_start = self.checkpoint or not args.resume or args.start_fresh
@@ -1309,9 +1327,6 @@ class Report(AbstractContextManager):
             self.wandb = start_wandb(self.args, self.run.absolute().name, self.wandb_id)
             self.wandb_id = self.wandb.id
         self.lock = lock_run(self.args, self.run)
-        if self.updates == self.sizes.updates:
-            with suppress(OSError, ValueError):  # of a finished run, which may be started again
-                self.evaluation = json.loads((self.run / "summary.json").read_text())["evaluation"]
         self.last_update_at = time.perf_counter()
         self.writer = EventFileWriter(str(self.run))
         # What was logged after the checkpoint will be logged again: TensorBoard forgets the first.
@@ -1428,7 +1443,7 @@ class Report(AbstractContextManager):
             print(f"playing {self.args.eval_episodes} games with the model")
             scores = play_games(self.args, network, params, self.args.eval_episodes, signals_received)
             mean = float(np.mean(scores))
-            self.evaluation = {"scores": scores, "mean": mean, "std": float(np.std(scores))}
+            self.evaluation = {"scores": scores, "mean": mean}
             self.write("eval", {"episodic_return": mean})
             print(f"model: {self.run}/model.msgpack, mean score of {len(scores)} games {mean:.2f}")
 
@@ -1457,13 +1472,11 @@ class Report(AbstractContextManager):
         summary |= {
             "run_name": self.run.absolute().name,
             "status": self.status,
-            "versions": VERSIONS,
             "global_step": self.step,
             "seconds": self.seconds,
             "sps": self.step / self.seconds,
             "sps_steady": self.steady_pace(),
             "mean_score": float(np.mean(self.scores)) if self.scores else None,
-            "std_score": float(np.std(self.scores)) if self.scores else None,
             "evaluation": self.evaluation,
             "params_sha256": None,
         }
@@ -1475,8 +1488,8 @@ class Report(AbstractContextManager):
         games = f"{self.episodes} games"
         if self.scores:
             games += f", mean score {np.mean(self.scores):.2f}"
-        pace = f"{self.step} steps in {self.seconds:.0f} s, {self.step / self.seconds:.0f} steps/s"
-        print(f"{self.status}: {pace}, {games}; {self.run}/summary.json")
+        steps = f"{self.step} steps in {self.seconds:.0f} s, {self.step / self.seconds:.0f} steps/s"
+        print(f"{self.status}: {steps}, {games}; {self.run}/summary.json")
         if self.status != "finished":
             go_on = f"go on from update {self.newest_checkpoint} with --resume {self.run}"
             print(go_on if self.newest_checkpoint else "it has no checkpoint; --checkpoint-frequency 100 makes more")

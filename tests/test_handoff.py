@@ -1,8 +1,11 @@
 """The hand-off alone, with integers for parameters: no network, no environment."""
 
+import queue
 import random
+import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -97,3 +100,20 @@ def test_stop_wakes_a_waiting_actor(script):
     handoff.stop()
     join([thread])
     assert handoff.rollouts[7].empty()  # the thread ended without an error
+
+
+def test_sigterm_does_not_wait_for_environments_that_are_made(script):
+    """Making them may hang, as a step may. After seven waits of a second a run that wants to end does so."""
+    handoff = make(script, [0])
+    waits = []
+
+    def get(timeout):
+        waits.append(timeout)
+        if len(waits) == 10:
+            handoff.signals_received = {signal.SIGTERM}
+        raise queue.Empty
+
+    handoff.rollouts[0] = SimpleNamespace(get=get)
+    with pytest.raises(SystemExit, match="143"):
+        handoff.get_rollouts(1)
+    assert waits == [1] * 10

@@ -34,7 +34,7 @@ def test_load_model(script):
         script.train(script.Args(**tiny | dict(channels=(5,)), resume="four"))
     Path("bad.msgpack").write_bytes(Path(model).read_bytes()[:-1])
     Path("checkpoint.msgpack").write_bytes(sealed({"update": 1}))
-    for path, why in ("bad", "not those that were written"), ("none", "No such file"), ("checkpoint", "'params'"):
+    for path, why in ("bad", "not those that were written"), ("none", "No such file"), ("checkpoint", "'state'"):
         with pytest.raises(script.FlagError, match=rf"--load-model {path}.msgpack: cannot be read: .*{why}"):
             script.train(script.Args(**tiny | dict(load_model=f"{path}.msgpack"), resume=path))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import conftest
 import jax
 import pytest
-from conftest import TINY, resume, train_until
+from conftest import LONGER, TINY, resume, train_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 FLAGS = [*conftest.SMALL, "--num-actor-threads", "2", "--log-frequency", "1", "--total-timesteps", "8192"]
@@ -45,7 +45,7 @@ def test_a_resumed_run_has_the_same_scores_log_and_seeds(script, monkeypatch, co
     train_until(script, monkeypatch, 5, **flags)
     resumed = resume(script, **flags)
     assert resumed["mean_score"]
-    for name in ("params_sha256", "global_step", "episodes", "mean_score", "std_score"):
+    for name in ("params_sha256", "global_step", "episodes", "mean_score", "scores"):
         assert resumed[name] == whole[name]
     first, second = (script.env_seeds(1, generation, 0, 4) for generation in range(2))
     assert seeds == [first, second, first, second, second]  # every checkpoint starts new games
@@ -71,6 +71,46 @@ def test_a_finished_run_can_be_resumed(script):
     assert again["params_sha256"] == finished["params_sha256"]
     _, _, params = script.load_model(Path("runs", finished["run_name"], "model.msgpack"))
     assert script.params_sha256(params) == finished["params_sha256"]
+
+
+@conftest.one_fast
+def test_a_run_can_become_longer(script, monkeypatch):
+    """A finished run, resumed with more steps, has the bits and the log of a run that was that long from the start."""
+    flags = dict(anneal_lr=False)
+    whole = script.train(script.Args(**TINY | LONGER | flags))
+    finished = script.train(script.Args(**TINY | flags, resume="it", start_fresh=True))
+    longer = resume(script, **LONGER, **flags)
+    assert (finished["updates"], longer["updates"], longer["resumed_at"]) == (4, 6, [4])
+    assert longer["params_sha256"] == whole["params_sha256"] != finished["params_sha256"]
+    curves = [EventAccumulator(f"runs/{run['run_name']}").Reload().Scalars("losses/loss") for run in (whole, longer)]
+    assert [(event.step, event.value) for event in curves[0]] == [(event.step, event.value) for event in curves[1]]
+    with pytest.raises(script.FlagError, match="--total-timesteps 128: the run to resume has 192"):
+        resume(script, **flags)
+
+
+@conftest.one_fast
+def test_a_longer_run_that_is_another_run(script):
+    """The error says why, and what to do instead, which works: a run that starts from the checkpoint's parameters."""
+    finished = script.train(script.Args(**TINY, resume="it", start_fresh=True))
+    with pytest.raises(script.FlagError) as caught:
+        resume(script, **LONGER)
+    assert str(caught.value) == (
+        "--total-timesteps 192: a longer run has other learning rates (--anneal-lr); "
+        "start another with --load-model CHECKPOINT. For example: --total-timesteps 128"
+    )
+    flags = TINY | LONGER | dict(load_model="runs/it/checkpoints/4.msgpack", learning_rate=0.0)
+    other = script.train(script.Args(**flags))
+    assert (other["updates"], other["params_sha256"]) == (6, finished["params_sha256"])
+
+
+def test_where_a_run_can_become_longer(script):
+    """It must have ended where a longer run restarts its games, and have a constant learning rate."""
+    why = lambda **flags: script.why_not_longer(vars(script.Args(**flags)), updates=4)
+    for frequency in (1, 2, 4):
+        assert why(anneal_lr=False, checkpoint_frequency=frequency) == ""
+        assert "other learning rates" in why(anneal_lr=True, checkpoint_frequency=frequency)
+    for frequency in (0, 3, 8):
+        assert "has no checkpoint at update 4" in why(anneal_lr=False, checkpoint_frequency=frequency)
 
 
 @conftest.one_fast

@@ -29,7 +29,7 @@ def test_same_flags_same_bits_anywhere(script, launcher):
     assert summary["global_step"] == summary["updates"] * 256 == 512
     assert summary["args"]["total_timesteps"] == 512
     assert summary["sps_steady"] > summary["sps"] > 0
-    assert set(summary["versions"]) == {"python", "jax", "jaxlib", "flax", "optax", "envpool", "numpy"}
+    assert summary["platform"].keys() >= {"python", "jax", "jaxlib", "flax", "optax", "envpool", "numpy"}
     assert len(split["devices"]["actors"]) == len(split["devices"]["learners"]) == 2
 
 
