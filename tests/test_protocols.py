@@ -1,5 +1,8 @@
 """The Atari protocol of each script on real games."""
 
+import ast
+import re
+
 import conftest
 import numpy as np
 import pytest
@@ -22,6 +25,29 @@ def test_number_of_actions(script):
     """The protocol with sticky actions has the full action set, and IMPALA's has the game's own."""
     counts = [script.env_spec(script.Args(env_id=game))[1] for game in ("Breakout-v5", "Pong-v5", "Alien-v5")]
     assert counts == ([18, 18, 18] if PROTOCOL[script.__name__] is STICKY else [4, 6, 18])
+
+
+def test_other_protocols_in_readme():
+    """EnvPool accepts the options of each row, and they make the protocol that the row names."""
+    ppo, _, wrapper = map(conftest.load, PROTOCOL)
+    readme = (conftest.ROOT / "README.md").read_text()
+    table = readme.partition("| other protocol |")[2].partition("\n\n")[0]
+    rows = {}
+    for row in table.splitlines()[2:]:
+        _, name, how, _ = row.split("|")
+        rows[name.strip()] = {option: ast.literal_eval(value) for option, value in re.findall(r"`(\w+)=(\S+)`", how)}
+    v5, atari_100k, not_sticky = rows.values()
+    protocol = lambda script, changes: (
+        ppo.envpool.make_spec("Breakout-v5", **script.env_options(script.Args()) | changes).config
+    )
+    config = protocol(ppo, v5)
+    assert (config.repeat_action_probability, config.noop_max, config.use_fire_reset) == (0.25, 1, False)
+    assert (config.full_action_space, config.episodic_life) == (False, False)
+    assert atari_100k == {}
+    config = protocol(wrapper, atari_100k)
+    assert (config.repeat_action_probability, config.noop_max, config.episodic_life) == (0, 30, True)
+    config = protocol(ppo, not_sticky)
+    assert (config.repeat_action_probability, config.noop_max, config.full_action_space) == (0, 30, True)
 
 
 class Record:
