@@ -134,7 +134,7 @@ class Args:
     keep_checkpoints: Natural = 2  # number of newest checkpoints to keep; 0 keeps all
     resume: Place = None  # resume this run: its directory, or its name below runs
     start_fresh: bool = False  # with --resume, start the run if it has no checkpoint
-    load_model: Place = None  # start with the parameters of this model.msgpack, of the same network
+    load_model: Place = None  # start with the parameters of this model.msgpack or checkpoint, of the same network
     save_model: bool = False  # at the end write parameters and flags to model.msgpack, and play games with them
     eval_episodes: Count = 10  # games that --save-model plays, each in its own environment
     # Processes

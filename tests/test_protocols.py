@@ -31,12 +31,10 @@ def test_other_protocols_in_readme():
     """EnvPool accepts the options of each row, and they make the protocol that the row names."""
     ppo, _, wrapper = map(conftest.load, PROTOCOL)
     readme = (conftest.ROOT / "README.md").read_text()
-    table = readme.partition("| other protocol |")[2].partition("\n\n")[0]
-    rows = {}
-    for row in table.splitlines()[2:]:
-        _, name, how, _ = row.split("|")
-        rows[name.strip()] = {option: ast.literal_eval(value) for option, value in re.findall(r"`(\w+)=(\S+)`", how)}
-    v5, atari_100k, not_sticky = rows.values()
+    rows = []
+    for row in re.findall(r"^\| \.\.\. .*$", readme, re.MULTILINE):
+        rows.append({option: ast.literal_eval(value) for option, value in re.findall(r"`(\w+)=(\S+)`", row)})
+    v5, atari_100k, not_sticky = rows
     protocol = lambda script, changes: (
         ppo.envpool.make_spec("Breakout-v5", **script.env_options(script.Args()) | changes).config
     )
