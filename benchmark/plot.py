@@ -21,10 +21,12 @@ The published results, atari57_reference.csv, are means and standard deviations 
 
 import logging
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from glob import glob
 from itertools import combinations, cycle
 from math import ceil
+from os.path import commonprefix
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -33,6 +35,7 @@ import pandas as pd
 import tyro
 from common import markdown, read_json, require, say_unreadable
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.ticker import PercentFormatter
 from pandas import DataFrame, Series
 from rliable import library, metrics
@@ -61,8 +64,9 @@ LOOK = {
     "savefig.dpi": 120,
 }
 DASHES = (0, (4, 4))  # of a line over an equal one, so that both are seen
-PALETTE = plt.color_sequences["petroff10"]  # told apart with any colour vision
-Colors = dict[str, str]  # of experiments and references
+PALETTE = [to_rgb(color) for color in plt.color_sequences["petroff10"]]  # told apart with any colour vision
+PALETTE += [tuple(np.array(color) / 2) for color in PALETTE]  # darker ones, for a grid of many points
+Colors = dict[str, tuple]  # of experiments and references
 
 
 @dataclass(frozen=True)
@@ -289,6 +293,18 @@ def short(value: float, _: int = 0) -> str:
     return f"{value:.4g}"
 
 
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """What pictures call experiments: of the points of a grid, SCRIPT__FLAG=VALUE__FLAG=VALUE, only what differs."""
+    experiments = [name for name in names if not name.startswith(PUBLISHED)]
+    prefix = commonprefix(experiments)  # noqa: RUF071 (it is cut to whole parts)
+    shared, separator, _ = prefix.rpartition("__")
+    short = {}
+    for name in names:
+        own = name.removeprefix(shared + separator)
+        short[name] = own.replace("__", ", ")
+    return short
+
+
 def find_repeated(curves: dict[str, DataFrame]) -> set[str]:
     """The names of curves that equal one before them."""
     names = set()
@@ -301,6 +317,7 @@ def find_repeated(curves: dict[str, DataFrame]) -> set[str]:
 def draw_panel(ax: Axes, axis: str, curves: dict[str, DataFrame], colors: Colors) -> None:
     """One game: a line and a band for the curve of each experiment, dotted where some of its seeds are missing."""
     dashed = find_repeated(curves)
+    alpha = 1 / max(4, len(curves))  # many bands over each other must not hide the lines
     for name, frame in curves.items():
         x = frame[axis]
         mean = frame["mean"]
@@ -310,7 +327,7 @@ def draw_panel(ax: Axes, axis: str, curves: dict[str, DataFrame], colors: Colors
         has_all_seeds = frame.seeds == frame.seeds.max()
         style = DASHES if name in dashed else "-"
         ax.plot(x, mean.where(has_all_seeds), ls=style, color=color)
-        ax.fill_between(x, frame.low, frame.high, color=color, alpha=0.25, lw=0)
+        ax.fill_between(x, frame.low, frame.high, color=color, alpha=alpha, lw=0)
     ax.set_xlim(left=0)
 
 
@@ -360,10 +377,11 @@ def draw_curves(curves: dict, axis: str, label: str, published: DataFrame, color
 def draw_legend(fig: plt.Figure, curves: dict, published: DataFrame, has_dashes: bool, colors: Colors) -> None:
     """Above the panels: experiments with the number of their seeds, references, and what lines and bands mean."""
     seeds = pd.concat(curves)["seeds"].groupby(level=0).max()
+    names = short_names(seeds.index)
     handles = []
     for name, count in seeds.items():
         plural = "" if count == 1 else "s"
-        label = f"{name} ({count} seed{plural})"
+        label = f"{names[name]} ({count} seed{plural})"
         handles.append(plt.Line2D([], [], label=label, color=colors[name]))
     for name in published:
         handles.append(plt.Line2D([], [], label=name, color=colors[name], ls="--"))
@@ -372,7 +390,9 @@ def draw_legend(fig: plt.Figure, curves: dict, published: DataFrame, has_dashes:
         note = "bands: 95 % bootstrap intervals over seeds; dotted: some seeds only"
     if has_dashes:
         note += "; dashes over a line: equal"
-    columns = int(fig.get_figwidth() // 3.3)  # inches for the longest of our names
+    longest = max(len(handle.get_label()) for handle in handles)
+    inches = 0.8 + 0.08 * longest
+    columns = max(1, int(fig.get_figwidth() // inches))
     fig.legend(handles=handles, loc="outside upper center", ncols=columns, title=note)
     height = fig.get_figheight() + 0.2 * ceil(len(handles) / columns)
     fig.set_figheight(height)  # the panels keep theirs
@@ -396,11 +416,12 @@ def draw_profiles(ax: Axes, profiles: DataFrame, colors: Colors) -> None:
     numbers = ["tau", "share", "low", "high"]
     curves = {name: own[numbers] for name, own in profiles.groupby("experiment", sort=False)}
     dashed = find_repeated(curves)
+    alpha = 1 / max(4, len(curves))
     for name, frame in curves.items():
         color = colors[name]
         style = DASHES if name in dashed or name.startswith(PUBLISHED) else "-"
         ax.plot(frame.tau, frame.share, ls=style, color=color, label=name)
-        ax.fill_between(frame.tau, frame.low, frame.high, color=color, alpha=0.25, lw=0)
+        ax.fill_between(frame.tau, frame.low, frame.high, color=color, alpha=alpha, lw=0)
     if profiles.tau.max() > 1:
         ax.set_xscale("symlog", linthresh=1)
         ax.set_xticks([0, 0.25, 0.5, 1, 2, 4, 8, 16, 64, 256])
@@ -411,6 +432,10 @@ def draw_profiles(ax: Axes, profiles: DataFrame, colors: Colors) -> None:
 
 def draw_scores(figures: DataFrame, profiles: DataFrame, colors: Colors, path: Path) -> None:
     """METRICS with their intervals above, the performance profiles below."""
+    names = short_names(figures.experiment.unique())
+    figures = figures.replace({"experiment": names})
+    profiles = profiles.replace({"experiment": names})
+    colors = {names[name]: colors[name] for name in names}
     mosaic = [[*METRICS], ["profile"] * len(METRICS)]
     heights = [0.5 + 0.3 * figures.experiment.nunique(), 4]
     fig, axes = plt.subplot_mosaic(mosaic, figsize=(11, sum(heights) + 2), height_ratios=heights)
@@ -418,7 +443,7 @@ def draw_scores(figures: DataFrame, profiles: DataFrame, colors: Colors, path: P
     draw_figures(axes, figures, colors)
     for ax in fig.axes:
         ax.xaxis.set_major_formatter(PercentFormatter(1))
-    fig.legend(loc="outside upper center", ncols=3, title="bars and bands: 95 % bootstrap intervals")
+    fig.legend(loc="outside upper center", ncols=2, title="bars and bands: 95 % bootstrap intervals")
     fig.savefig(path)
     plt.close(fig)
 
@@ -469,11 +494,16 @@ def score_cell(runs: DataFrame) -> str:
 
 
 def games_table(runs: DataFrame, published: DataFrame, table: DataFrame) -> str:
-    """A line for each game: mean, standard deviation and number of the seeds' scores, beside the known ones."""
+    """Mean, standard deviation and number of the seeds' scores, beside the known ones.
+
+    A line for each game or, if they are more, for each experiment.
+    """
     groups = runs.groupby(["experiment", "env_id"])
     cells = Series({key: score_cell(own) for key, own in groups})
     known = published.join(table[["random", "human"]]).map("{:.1f}".format)
     cells = cells.unstack(0, fill_value="").join(known).fillna("")
+    if len(cells) < runs.experiment.nunique():
+        cells = cells.T
     return markdown(["score (seeds)", *cells], cells.itertuples())
 
 

@@ -1,6 +1,7 @@
 """A sweep: one command on many games and seeds, as many runs at a time as there are workers.
 
     uv run benchmark/run.py --command "uv run cleanba_ppo_envpool.py --concurrency" --env-ids atari3 --seeds 1 2 3
+    uv run benchmark/run.py --command "..." --grid learning-rate=1e-4,3e-4 ent-coef=0.01,0.001       four experiments
     uv run benchmark/run.py --command "..." --workers 8 --gpus-per-worker 1                  eight GPUs, eight runs
     uv run benchmark/run.py --command "..." --processes 8 --gpus-per-worker 8                eight GPUs, one run
     uv run benchmark/run.py --command "..." --gpus-per-worker 1 --workers 20 --slurm | sbatch
@@ -11,6 +12,9 @@ finished and resumes what is not, from the last checkpoint if the command has --
 lock, so that two launchers may share a sweep. Ctrl-C or SIGTERM ends all runs at their next update, a second one at
 once; a launcher that is killed takes its runs with it. Each worker has its own share of the cores, the same number for
 all, and its own GPUs. On a CPU the bits depend on that number, unless the environment variable NPROC is set.
+
+With --grid every combination of the values is an experiment, EXPERIMENT__learning-rate=1e-4__ent-coef=0.01. Booleans
+are True and False, and a flag of several values has spaces between them: --grid norm-adv=True,False "channels=4 8,8".
 """
 
 import ctypes
@@ -29,12 +33,12 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import dropwhile
+from itertools import dropwhile, product
 from pathlib import Path
 from string import Template
 
 import tyro
-from common import read_json, require
+from common import load_script, read_json, require
 from rich.live import Live
 from rich.text import Text
 
@@ -43,6 +47,12 @@ HERE = Path(__file__).parent
 OWN_FLAGS = (
     "--env-id --seed --exp-name --resume --start-fresh --distributed --coordinator-address --num-processes --process-id"
 ).split()
+GRID = "--grid learning-rate=1e-4,3e-4 ent-coef=0.01,0.001"  # an example
+
+
+def find_flag(word: str) -> str:
+    """Of --learning_rate=1e-4 it is --learning-rate, and of --no-norm-adv it is --norm-adv."""
+    return word.split("=")[0].replace("_", "-").replace("--no-", "--")
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,7 @@ class Options:
     env_ids: tuple[str, ...] = ("atari3",)  # games, or the lists of benchmark/games: atari3, atari10, atari57
     seeds: tuple[int, ...] = (1, 2, 3)  # seeds that each game is run with
     exp_name: str | None = None  # name of the experiment, a part of each run's name; the script's name if not given
+    grid: tuple[str, ...] = ()  # FLAG=VALUE,VALUE: each combination of these values is an experiment of its own
     workers: int = 1  # runs at a time
     processes: int = 1  # processes of each run
     gpus_per_worker: int = 0  # GPUs of each run, in equal parts for its processes; 0 leaves the choice to JAX
@@ -68,6 +79,16 @@ class Options:
         return self.exp_name or Path(self.script[0]).stem
 
     @property
+    def points(self) -> list[tuple[str, ...]]:
+        """The combinations of the grid, a FLAG=VALUE of each flag; one without any if there is no grid."""
+        choices = []
+        for axis in self.grid:
+            flag = find_flag(axis)
+            values = axis.split("=")[1].split(",")
+            choices.append([f"{flag}={value}" for value in dict.fromkeys(values)])
+        return list(product(*choices))
+
+    @property
     def visible_gpus(self) -> list[str]:
         """The GPUs that the sweep may use: those of CUDA_VISIBLE_DEVICES, or as many as it needs."""
         needed = map(str, range(self.workers * self.gpus_per_worker))
@@ -77,12 +98,12 @@ class Options:
 
 @dataclass
 class Run:
-    """One run of the sweep: game, seed, and what has become of it."""
+    """One run of the sweep: game, seed, point of the grid, and what has become of it."""
 
     options: Options
+    seed: int
     env_id: str
-    seed: int | str  # a number, or the shell variable that stands for it in a job array
-    name: str
+    point: tuple[str, ...]
     state: str = "waiting"  # running, finished, failed, preempted, or elsewhere: another launcher has it
     processes: list[subprocess.Popen] = field(default_factory=list)
     started: float = 0.0
@@ -93,12 +114,31 @@ class Run:
         return Path("runs", self.name, "log.txt")
 
     @property
-    def flags(self) -> str:
+    def experiment(self) -> str:
+        settings = [setting.replace(" ", ",") for setting in self.point]
+        return "__".join([self.options.experiment, *settings])
+
+    @property
+    def point_flags(self) -> list[str]:
+        flags = []
+        for setting in self.point:
+            words = f"--{setting}".replace("=", " ")
+            flags += words.split()
+        return flags
+
+    @property
+    def name(self) -> str:
+        identity = json.dumps([self.options.script + self.point_flags, self.options.processes])
+        mark = hashlib.sha256(identity.encode()).hexdigest()[:8]
+        return f"{self.env_id}__{self.experiment}__{self.seed}__{mark}"
+
+    @property
+    def flags(self) -> list[str]:
         """The flags that turn the command into this run."""
-        return (
-            f"--env-id {self.env_id} --seed {self.seed} --exp-name {self.options.experiment} "
-            f"--resume {self.name} --start-fresh"
+        own_flags = (
+            f"--env-id {self.env_id} --seed {self.seed} --exp-name {self.experiment} --resume {self.name} --start-fresh"
         )
+        return self.point_flags + own_flags.split()
 
     def finished(self) -> bool:
         """Whether the run's own summary says so."""
@@ -121,7 +161,7 @@ class Run:
         processes = options.processes
         gpus = options.gpus_per_worker // processes
         for rank in range(processes):
-            words = shlex.split(f"{options.command} {self.flags}")
+            words = shlex.split(options.command) + self.flags
             if processes > 1:
                 rank_flags = f"--coordinator-address 127.0.0.1:{port} --num-processes {processes} --process-id {rank}"
                 words += rank_flags.split()
@@ -205,16 +245,14 @@ def die_with_launcher() -> None:
 def plan(options: Options) -> list[Run]:
     """All runs of the sweep, every game with the first seed first. Ends with an error if the options cannot work."""
     check(options)
-    games = find_games(options)
-    identity = json.dumps([options.script, options.processes])
-    mark = hashlib.sha256(identity.encode()).hexdigest()[:8]
-    runs = []
-    for seed in dict.fromkeys(options.seeds):
-        for game in dict.fromkeys(games):
-            run = Run(options, game, seed, f"{game}__{options.experiment}__{seed}__{mark}")
-            if run.finished():
-                run.state = "finished"
-            runs.append(run)
+    games = dict.fromkeys(find_games(options))
+    seeds = dict.fromkeys(options.seeds)
+    runs = [Run(options, *choice) for choice in product(seeds, games, options.points)]
+    if options.grid:
+        check_points(options, runs[: len(options.points)])
+    for run in runs:
+        if run.finished():
+            run.state = "finished"
     return runs
 
 
@@ -224,7 +262,7 @@ def check(options: Options) -> None:
     example = "--command 'uv run cleanba_ppo_envpool.py'"
     require(options.script, "--command", command, "must name a script, NAME.py", example)
     for word in options.script:
-        flag = word.split("=")[0].replace("_", "-")
+        flag = find_flag(word)
         require(flag not in OWN_FLAGS, "--command", command, f"must leave {flag} to the launcher", example)
     require(
         re.fullmatch(r"[\w.,-]+", options.experiment),
@@ -233,6 +271,7 @@ def check(options: Options) -> None:
         "must be letters, digits and . , - _ only, as it names directories",
         "--exp-name ppo_sync",
     )
+    check_grid(options)
     require(options.seeds, "--seeds", "(empty)", "needs one seed or more", "--seeds 1 2 3")
     require(options.env_ids, "--env-ids", "(empty)", "needs one game or more", "--env-ids atari3")
     workers = options.workers
@@ -259,6 +298,44 @@ def check(options: Options) -> None:
     )
 
 
+def check_grid(options: Options) -> None:
+    """End with an error if the grid cannot be read, or sets a flag that something else sets, too."""
+    rule = "must be FLAG=VALUE,VALUE; a value is letters, digits, spaces and . + - _ only, as it names directories"
+    value = r"[\w.+-]+( [\w.+-]+)*"
+    taken = [find_flag(word) for word in options.script]
+    for axis in options.grid:
+        require(re.fullmatch(rf"\w[\w-]*={value}(,{value})*", axis), "--grid", axis, rule, GRID)
+        flag = find_flag(f"--{axis}")
+        require(flag not in OWN_FLAGS, "--grid", axis, f"must leave {flag} to the launcher", GRID)
+        require(flag not in taken, "--grid", axis, f"{flag} is given twice, here or in --command", GRID)
+        taken.append(flag)
+
+
+def check_points(options: Options, runs: list[Run]) -> None:
+    """End with the script's own error if it refuses the flags of one of these runs."""
+    script, *flags = options.script
+    points = [flags + run.flags for run in runs]
+    # In a process of its own, because the launcher forks, and a process that has imported JAX should not.
+    code = f"import run; run.ask_script({os.path.abspath(script)!r}, {options.processes}, {points})"
+    result = subprocess.run([sys.executable, "-"], input=code, text=True, cwd=HERE)
+    rule = "the script refuses it or the rest of --command, for the reason above"
+    require(result.returncode == 0, "--grid", " ".join(options.grid), rule, GRID)
+
+
+def ask_script(path: str, processes: int, points: list[list[str]]) -> None:
+    """Let a script check the flags of each point."""
+    sys.argv = [path]  # its errors name it
+    try:
+        script = load_script(Path(path))
+    except ModuleNotFoundError:  # A fork whose packages are missing here checks them when its runs start.
+        return
+    for flags in points:
+        try:
+            script.check_args(script.parse_args(flags), processes)
+        except script.FlagError as error:
+            sys.exit(f"error: {error}")
+
+
 def find_games(options: Options) -> list[str]:
     """The games of --env-ids, lists included. Ends with an error if a name is neither a game nor a list."""
     lists = {path.stem: path for path in sorted(HERE.glob("games/*.txt"))}
@@ -280,7 +357,7 @@ class JobTemplate(Template):
 def slurm_text(options: Options, runs: list[Run]) -> str:
     """The text of a SLURM job array, one index for each run."""
     command = shlex.join(shlex.split(options.command))
-    flags = Run(options, "$env_id", "$seed", "$name").flags  # The shell of each job fills these in.
+    flags = "$flags"  # the run's, which the shell of each job fills in
     if options.processes > 1:
         flags += " --distributed"
     resources = f"--ntasks={options.processes}"
@@ -293,7 +370,7 @@ def slurm_text(options: Options, runs: list[Run]) -> str:
         last=len(runs) - 1,
         workers=options.workers,
         resources=resources,
-        runs="\n".join(f'    "{run.env_id} {run.seed} {run.name}"' for run in runs),
+        runs="\n".join(f'    "{run.name} {shlex.join(run.flags)}"' for run in runs),
         gpus=gpus,
         command=f"{command} \\\n    {flags}",
     )

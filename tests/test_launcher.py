@@ -1,6 +1,7 @@
-"""The sweep launcher, with a small script in place of a training run, and the jobs for SLURM."""
+"""The sweep launcher, with a small script in place of a training run, grids, and the jobs for SLURM."""
 
 import fcntl
+import itertools
 import json
 import os
 import pty
@@ -11,11 +12,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import ANY
 
 import conftest
 import envpool
 import pytest
+import yaml
 
 run = conftest.load("benchmark/run")
 
@@ -380,6 +384,195 @@ def test_processes_of_a_run_name_each_other(type_in, type_sweep):
     places = [place(words) for words, *_ in type_in(type_sweep(*flags, "--dry-run"))]
     assert sorted(p["--process-id"] for p in places) == ["0", "1", "2"]
     assert len({p["--coordinator-address"] for p in places}) == 1
+
+
+# What a grid asks of a script: it checks its flags, also where it is only loaded. Each run notes what it was given.
+GRID_STUB = """
+import argparse, json, pathlib, sys
+
+load_model = play_games = None
+
+class FlagError(ValueError):
+    pass
+
+def parse_args(words):
+    parser = argparse.ArgumentParser()
+    for flag in ("--env-id", "--seed", "--exp-name", "--resume", "--norm-adv"):
+        parser.add_argument(flag)
+    parser.add_argument("--start-fresh", action="store_true")
+    parser.add_argument("--gamma", type=float)
+    parser.add_argument("--channels", type=int, nargs="+")
+    return parser.parse_args(words)
+
+def check_args(args, processes):
+    if args.gamma > processes:
+        raise FlagError(f"--gamma {args.gamma}: must be at most {processes}")
+
+if __name__ == "__main__":
+    args = parse_args(sys.argv[1:])
+    with open("starts.txt", "a") as starts:
+        starts.write(f"{args.exp_name} {args.env_id} {args.seed} gamma {args.gamma} channels {args.channels}\\n")
+    pathlib.Path("runs", args.resume, "summary.json").write_text(json.dumps({"status": "finished"}))
+"""
+
+
+@pytest.fixture
+def grid_stub(tmp_path):
+    (tmp_path / "stub.py").write_text(GRID_STUB)
+    return f"{shlex.quote(sys.executable)} stub.py"
+
+
+def test_every_point_of_a_grid_is_an_experiment(grid_stub, tmp_path):
+    flags = ["--env-ids", "One-v5", "Two-v5", "--seeds", "2", "--exp-name", "x", "--workers", "4"]
+    expected = {
+        f"x__gamma={gamma}__channels={name} {game} 2 gamma {gamma} channels {channels}": 1
+        for gamma in ("0.9", "0.99")
+        for name, channels in {"4,8": [4, 8], "16": [16]}.items()
+        for game in ("One-v5", "Two-v5")
+    }
+    code, out = sweep(grid_stub, *flags, "--grid", "gamma=0.9,0.99", "channels=4 8,16")
+    assert (code, out.splitlines()[-1]) == (0, "runs: 8 finished"), out
+    assert starts(tmp_path) == expected
+    assert len(list(tmp_path.glob("runs/One-v5__x__gamma=0.9__channels=4,8__2__*/summary.json"))) == 1
+    # a second start with one more value, and the others in a different order, runs only what is new
+    code, out = sweep(grid_stub, *flags, "--grid", "gamma=0.99,0.5,0.9,0.9", "channels=16,4 8")
+    assert (code, out.splitlines()[0]) == (0, "runs: 8 finished, 4 waiting"), out
+    assert Counter(" gamma 0.5 " in line for line in starts(tmp_path).elements()) == {False: 8, True: 4}
+
+
+def test_a_grid_begins_with_every_point_and_game_of_the_first_seed(grid_stub, tmp_path, type_sweep):
+    flags = ["--command", grid_stub, "--env-ids", "One-v5", "Two-v5", "--seeds", "7", "8"]
+    out = type_sweep(*flags, "--grid", "gamma=0.9,0.5", "norm_adv=True,False", "--dry-run")
+    names = re.findall(r"--exp-name (\S+)", out)
+    points = [f"stub__gamma={gamma}__norm-adv={norm}" for gamma in (0.9, 0.5) for norm in (True, False)]
+    assert names == 4 * points
+    assert re.findall(r"--env-id (\S+) --seed (\d)", out)[::4] == [
+        ("One-v5", "7"), ("Two-v5", "7"), ("One-v5", "8"), ("Two-v5", "8"),
+    ]  # fmt: skip
+    assert len(set(re.findall(r"--resume (\S+)", out))) == 16
+
+
+def test_a_job_array_has_an_index_for_every_point(grid_stub, type_in, tmp_path, monkeypatch, type_sweep):
+    flags = ["--command", "python stub.py", "--env-ids", "One-v5", "--seeds", "5", "6", "--exp-name", "x"]
+    flags += ["--grid", "gamma=0.9,0.5", "channels=4 8,16"]
+    dry = [shlex.split(line) for line in type_sweep(*flags, "--dry-run").splitlines()]
+    text = type_sweep(*flags, "--slurm")
+    assert "#SBATCH --array=0-7%1\n" in text
+    for index in (0, 3, 6):
+        monkeypatch.setenv("INDEX", str(index))
+        _, (srun, *_) = type_in(f"sbatch <<'END'\n{text}END\n")
+        assert srun[3:] == dry[index][dry[index].index("python") :]
+    name = dry[3][dry[3].index("--resume") + 1]
+    (tmp_path / "runs" / name / "summary.json").write_text('{"status": "finished"}')
+    assert "#SBATCH --array=0-6%1\n" in type_sweep(*flags, "--slurm")
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ("learning-rate", "must be FLAG=VALUE,VALUE; a value is letters, digits, spaces and . + - _ only"),
+        ("learning-rate=", "must be FLAG=VALUE,VALUE"),
+        ("learning-rate=1e-4,,3e-4", "must be FLAG=VALUE,VALUE"),
+        ("learning-rate=1e-4,", "must be FLAG=VALUE,VALUE"),
+        ("learning-rate=1e-4=3e-4", "must be FLAG=VALUE,VALUE"),
+        ("load-model=a/b,c", "must be FLAG=VALUE,VALUE"),
+        ("seed=1,2", "must leave --seed to the launcher"),
+        ("env_id=Pong-v5", "must leave --env-id to the launcher"),
+        ("gamma=0.9", "--gamma is given twice, here or in --command"),
+        ("norm-adv=True,False", "--norm-adv is given twice, here or in --command"),
+        ("num-steps=1,2 num_steps=3", "--num-steps is given twice, here or in --command"),
+    ],
+)
+def test_a_grid_that_cannot_be(grid, message, capsys, type_sweep):
+    with pytest.raises(SystemExit) as error:
+        type_sweep("--command", "a.py --gamma=0.99 --no_norm_adv", "--grid", *grid.split(" "))
+    assert error.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: --grid {grid.split(' ')[-1]}: {message}")
+    assert line.endswith(f"For example: {run.GRID}\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "grid", "message"),
+    [
+        ("--gamma 0.5", "wrong=1", "unrecognized arguments: --wrong 1"),
+        ("--gamma 0.5", "channels=4,wide", "argument --channels: invalid int value: 'wide'"),
+        ("", "gamma=0.9,1.5", "error: --gamma 1.5: must be at most 1"),
+        ("--gamma 1.5", "channels=4", "error: --gamma 1.5: must be at most 1"),
+    ],
+)
+def test_what_the_script_refuses_is_not_started(grid_stub, tmp_path, flags, grid, message):
+    code, out = sweep(f"{grid_stub} {flags}", "--grid", grid)
+    assert code == 2
+    assert message in out
+    assert out.splitlines()[-1].startswith(f"error: --grid {grid}: the script refuses it or the rest of --command")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_fork_whose_packages_are_missing_checks_its_flags_when_it_starts(grid_stub, tmp_path, type_sweep):
+    (tmp_path / "stub.py").write_text(f"import a_simulator_that_is_not_here\n{GRID_STUB}")
+    flags = ["--command", grid_stub, "--env-ids", "One-v5", "--seeds", "1", "--dry-run"]
+    assert len(type_sweep(*flags, "--grid", "wrong=1,2").splitlines()) == 2
+
+
+def test_a_real_script_reads_the_flags_of_a_grid(type_sweep, monkeypatch):
+    script = conftest.load("cleanba_ppo_envpool")
+    path = str(conftest.ROOT / "cleanba_ppo_envpool.py")
+    flags = ["--command", f"python {path} --img-size 42", "--env-ids", "Pong-v5", "--seeds", "1", "--dry-run"]
+    out = type_sweep(*flags, "--grid", "norm-adv=True,False", "channels=4 8 8,16", "learning-rate=1e-4")
+    found = []
+    for line in out.splitlines():
+        words = shlex.split(line)
+        args = script.parse_args(words[words.index(path) + 1 :])
+        script.check_args(args)
+        found.append((args.exp_name, args.norm_adv, args.channels, args.learning_rate, args.img_size))
+    name = "cleanba_ppo_envpool__norm-adv={}__channels={}__learning-rate=1e-4"
+    assert found == [
+        (name.format(norm_adv, channels), norm_adv, tuple(map(int, channels.split(","))), 1e-4, 42)
+        for norm_adv in (True, False)
+        for channels in ("4,8,8", "16")
+    ]
+    # in this process, to save an import
+    monkeypatch.setattr(run, "load_script", lambda path: script)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    with pytest.raises(SystemExit, match=r"^error: --learning-rate -1\.0: must be 0 or more"):
+        run.ask_script(path, 1, [["--gamma", "0.9"], ["--learning-rate", "-1"]])
+
+
+def test_every_command_of_the_weights_and_biases_sweep_is_valid(type_in, monkeypatch):
+    """The agent writes ${args_no_equals} as words --FLAG VALUE. test_wandb.py lets the agent itself do it."""
+    sweep = yaml.safe_load((conftest.ROOT / "benchmark" / "wandb_sweep.yaml").read_text())
+    choices = []
+    for flag, rule in sweep["parameters"].items():
+        values = rule.get("values") or [rule[key] for key in ("value", "min", "max") if key in rule]
+        choices.append([(flag, value) for value in values])
+    points = list(itertools.product(*choices))
+    assert len(points) >= 16
+    lines = []
+    for point in points:
+        words = {"${env}": ["/usr/bin/env"], "${interpreter}": ["python"], "${program}": [sweep["program"]]}
+        words["${args_no_equals}"] = [word for flag, value in point for word in (f"--{flag}", str(value))]
+        lines.append(shlex.join(word for part in sweep["command"] for word in words.get(part, [part])))
+    script = conftest.load("cleanba_ppo_envpool")
+    monkeypatch.setattr(script, "find_spec", lambda name: name == "wandb")
+    records = type_in("\n".join(lines))
+    for point, (words, *_) in zip(points, records, strict=True):
+        assert words[:2] == ["python", "cleanba_ppo_envpool.py"]
+        args = script.parse_args(words[2:])
+        script.check_args(args)
+        assert args.track
+        for flag, value in point:
+            given = getattr(args, flag)
+            assert value == (" ".join(map(str, given)) if isinstance(given, tuple) else given), flag
+    assert {dict(point)["norm_adv"] for point in points} == {True, False}
+    assert all(" " in dict(point)["channels"] for point in points)
+    assert sweep["project"] == script.Args.wandb_project_name
+    # The name of the metric is one that a run logs once a game has ended.
+    logged = []
+    log = lambda group, values: logged.extend(f"{group}/{name}" for name in values)
+    report = SimpleNamespace(games=[(300.0, 500)], write=log, run=Path.cwd(), updates=1, params={})
+    script.Report.write_log(report, {}, {}, {})
+    assert sweep["metric"]["name"] in logged
 
 
 @pytest.mark.slow

@@ -273,6 +273,52 @@ def test_a_long_legend_takes_no_room_from_the_curves(run_plot, figures):
     assert height(many) == pytest.approx(height(one), rel=0.1)
 
 
+def test_the_points_of_a_grid_are_told_apart(run_plot, figures):
+    """Pictures show what differs between twelve points, in colours of their own. The table keeps the whole names."""
+    settings = [(rate, coef) for rate in ("1e-4", "3e-4", "1e-3", "3e-3") for coef in ("0.1", "0.01", "0.001")]
+    for step, (rate, coef) in enumerate(settings):
+        exp = f"cleanba_ppo_envpool__channels=4,8__learning-rate={rate}__ent-coef={coef}"
+        finished([(500, 5.0, 1.0 + step, 1), (1000, 10.0, 2.0 + step, 1)], 2.0 + step, exp=exp)
+    table = run_plot("runs")
+    for step, (rate, coef) in enumerate(settings):
+        exp = f"cleanba_ppo_envpool__channels=4,8__learning-rate={rate}__ent-coef={coef}"
+        rows = [line for line in table.splitlines() if line.startswith(f"| {exp} |")]
+        assert len(rows) == 2
+        assert rows[1] == f"| {exp} | {2.0 + step} (1) |"
+    scores, steps, _ = figures
+    labels = {f"learning-rate={rate}, ent-coef={coef}" for rate, coef in settings}
+    published = "published cleanba_ppo_sync_1gpu"
+    for figure, suffix in [(scores, ""), (steps, " (1 seed)")]:
+        (legend,) = figure.legends
+        assert {text.get_text() for text in legend.get_texts()} == {label + suffix for label in labels} | {published}
+        assert len({line.get_color() for line in legend.get_lines()}) == 13
+        edges = legend.get_window_extent()
+        assert edges.x0 >= 0
+        assert edges.x1 <= figure.bbox.x1
+    assert {tick.get_text() for tick in scores.axes[0].get_yticklabels()} == labels | {published}
+    assert {band.get_alpha() for band in steps.axes[0].collections} == {1 / 12}  # the lines stay visible
+
+
+def test_names_are_cut_to_whole_parts():
+    short = lambda *names: list(plot.short_names(names).values())
+    assert short("ppo__gamma=0.9", "ppo__gamma=0.99") == ["gamma=0.9", "gamma=0.99"]
+    assert short("ppo", "ppo__gamma=0.9", "published ppo") == ["ppo", "ppo, gamma=0.9", "published ppo"]
+    assert short("ppo__gamma=0.9", "impala__gamma=0.9") == ["ppo, gamma=0.9", "impala, gamma=0.9"]
+    assert short("published ppo") == ["published ppo"]
+
+
+def test_a_table_of_more_experiments_than_games_has_a_line_for_each_experiment(run_plot):
+    for exp in "abc":
+        for game in ("Pong-v5", "CartPole-v1"):
+            finished([(1000, 10.0, 5.0, 1)], 5.0, exp=exp, game=game)
+    table = run_plot("runs", "--reference", "none")
+    assert "| score (seeds) | CartPole-v1 | Pong-v5 |" in table
+    assert "| b | 5.0 (1) | 5.0 (1) |" in table
+    assert "| human |  | 14.6 |" in table
+    table = run_plot("runs/*__[ab]__*", "--reference", "none")
+    assert "| score (seeds) | a | b | random | human |" in table
+
+
 def test_errors_name_the_flag_and_what_works(run_plot, capsys):
     finished([(1000, 10.0, 5.0, 1)], 5.0)
     EventFileWriter("runs/empty").close()

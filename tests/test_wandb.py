@@ -1,18 +1,24 @@
 """The real Weights & Biases, offline: its files hold the flags and the log by steps, and a resumed run keeps its id.
 
+Its agent runs what benchmark/wandb_sweep.yaml says. test_launcher.py checks the commands of that file without it.
+
 uv run --extra track pytest -m slow tests/test_wandb.py
 """
 
 import json
+import os
 import signal
 import struct
+import sys
 from pathlib import Path
 
 import conftest
 import pytest
+import yaml
 
 pytest.importorskip("wandb")
 from wandb.proto import wandb_internal_pb2
+from wandb.wandb_agent import Agent
 
 pytestmark = pytest.mark.slow
 
@@ -80,3 +86,38 @@ def test_offline(script, launcher, tmp_path):
         assert all({"charts/SPS", "losses/loss", "stats/policy_lag"} <= row.keys() for row in run["rows"])
     losses = [{row["global_step"]: row["losses/loss"] for row in run["rows"]} for run in runs]
     assert all(losses[0][step] == losses[1][step] for step in losses[0].keys() & losses[1].keys())
+
+
+def test_a_sweep(tmp_path, monkeypatch):
+    """The agent's own code starts a run, shorter than in the file. It logs the metric by which the sweep chooses."""
+    sweep = yaml.safe_load((conftest.ROOT / "benchmark" / "wandb_sweep.yaml").read_text())
+    values = {"learning_rate": 0.00031, "ent_coef": 0.001, "norm_adv": False, "channels": "4 8"}
+    values |= {flag: rule["value"] for flag, rule in sweep["parameters"].items() if "value" in rule}
+    assert values.keys() == sweep["parameters"].keys()
+    values |= {"env_id": "Breakout-v5", "img_size": 24, "log_frequency": 1, "total_timesteps": 8 * 1024}
+    environment = {
+        "WANDB_MODE": "offline",
+        "WANDB_SWEEP_ID": "search",
+        "WANDB_RUN_ID": "",
+        "WANDB_SWEEP_PARAM_PATH": "",
+    }
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)  # the agent changes two of them
+
+    agent = Agent(api=None, queue=None)
+    agent._sweep_command = sweep["command"]
+    args = {flag: {"value": value} for flag, value in values.items()}
+    program = str(conftest.ROOT / sweep["program"])
+    agent._command_run({"run_id": "first", "program": program, "args": args})
+    assert agent._run_processes["first"].wait(timeout=400) == 0
+
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/run-first.wandb")
+    run = told(path)
+    assert run["exit_code"] == 0
+    assert {flag: run["config"][flag] for flag in values} == values  # a column of the sweep's table each
+    (path,) = tmp_path.glob("runs/*/summary.json")
+    flags = json.loads(path.read_text())["args"]
+    assert (flags["learning_rate"], flags["norm_adv"], flags["channels"]) == (0.00031, False, [4, 8])
+    scores = [row[sweep["metric"]["name"]] for row in run["rows"] if sweep["metric"]["name"] in row]
+    assert scores
