@@ -71,7 +71,7 @@ from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer import event_file_writer  # W&B replaces its EventFileWriter when a run begins
 
 # EnvPool imports all its games. These are not used here, and drawing them takes Matplotlib, a second to import.
 sys.modules.setdefault("envpool.jumanji.registration", sys)
@@ -1297,7 +1297,7 @@ class Report(AbstractContextManager):
             self.wandb_id = self.wandb.id
         self.lock = lock_run(self.args, self.run)
         self.last_update_at = time.perf_counter()
-        self.writer = EventFileWriter(str(self.run))
+        self.writer = event_file_writer.EventFileWriter(str(self.run))
         # What was logged after the checkpoint will be logged again: TensorBoard forgets the first.
         self.add_event(self.step + 1, session_log=SessionLog(status=SessionLog.START))
         write_file(self.run / "run.json", json.dumps(self.record, indent=2).encode())

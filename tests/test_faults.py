@@ -51,7 +51,7 @@ def test_json_files_of_a_run_are_written_whole(script, monkeypatch):
     train(script, **IT)
     before = {name: Path("runs/it", name).read_text() for name in ("run.json", "summary.json")}
     write_file = script.write_file
-    make_writer = script.EventFileWriter
+    make_writer = script.event_file_writer.EventFileWriter
     writers = []
 
     def write(path, data):
@@ -67,10 +67,11 @@ def test_json_files_of_a_run_are_written_whole(script, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(script, "write_file", write)
-    monkeypatch.setattr(script, "EventFileWriter", make)
+    monkeypatch.setattr(script.event_file_writer, "EventFileWriter", make)
     with pytest.raises(OSError, match="No space"):
         train(script, **IT)
     assert {name: Path("runs/it", name).read_text() for name in before} == before
+    assert writers  # made by the name that Weights & Biases replaces, too
     for writer in writers:
         writer.close()  # its thread would otherwise live until the process ends
 
