@@ -291,18 +291,24 @@ class Recall(tiny_game.Catch):
         return super().step(np.where(self.row == tiny_game.SIZE - 2, action, 1))
 
 
+def recall_scores(monkeypatch, *scripts, **flags) -> list[float]:
+    """The mean score of each script in the game that needs memory."""
+    flags = tiny_game.FLAGS | dict(local_num_envs=8, num_steps=16, num_shards=1, log_frequency=10**6) | flags
+    scores = []
+    for script in scripts:
+        monkeypatch.setattr(script, "LSTM_UNITS", 64, raising=False)
+        monkeypatch.setattr(script, "env_spec", tiny_game.env_spec)
+        monkeypatch.setattr(script, "make_env", lambda args, seeds, num_threads: Recall(seeds, height=4))
+        scores.append(script.train(script.Args(**flags))["mean_score"])
+    return scores
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_it_learns_what_needs_memory(load, monkeypatch, seed):
     """The LSTM learns this game, and IMPALA without it does not."""
-    scores = []
-    for script in (load("impala_lstm"), conftest.load("cleanba_impala_envpool")):
-        monkeypatch.setattr(script, "LSTM_UNITS", 64, raising=False)
-        monkeypatch.setattr(script, "env_spec", tiny_game.env_spec)
-        monkeypatch.setattr(script, "make_env", lambda args, seeds, num_threads: Recall(seeds, height=4))
-        flags = tiny_game.FLAGS | dict(learning_rate=8e-3, local_num_envs=8, num_steps=16)
-        flags |= dict(num_shards=1, total_timesteps=120_000, log_frequency=10**6)
-        scores.append(script.train(script.Args(**flags, seed=seed))["mean_score"])
+    scripts = load("impala_lstm"), conftest.load("cleanba_impala_envpool")
+    scores = recall_scores(monkeypatch, *scripts, learning_rate=8e-3, total_timesteps=120_000, seed=seed)
     assert scores[0] >= 0.9
     assert scores[1] <= 0.55
 
@@ -648,14 +654,8 @@ def test_a_minibatch_has_whole_environments(recurrent):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_ppo_learns_what_needs_memory(load, monkeypatch, seed):
     """Recurrent PPO learns this game, and PPO does not."""
-    scores = []
-    for script in (load("ppo_lstm"), conftest.load("cleanba_ppo_envpool")):
-        monkeypatch.setattr(script, "LSTM_UNITS", 64, raising=False)
-        monkeypatch.setattr(script, "env_spec", tiny_game.env_spec)
-        monkeypatch.setattr(script, "make_env", lambda args, seeds, num_threads: Recall(seeds, height=4))
-        flags = tiny_game.FLAGS | dict(learning_rate=2e-3, local_num_envs=8, num_steps=16, seed=seed)
-        flags |= dict(num_shards=1, total_timesteps=40_000, log_frequency=10**6)
-        scores.append(script.train(script.Args(**flags))["mean_score"])
+    scripts = load("ppo_lstm"), conftest.load("cleanba_ppo_envpool")
+    scores = recall_scores(monkeypatch, *scripts, learning_rate=2e-3, total_timesteps=40_000, seed=seed)
     assert scores[0] >= 0.9
     assert scores[1] <= 0.6  # 100 games of a policy that catches 42 in 100
 
