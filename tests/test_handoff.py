@@ -109,6 +109,7 @@ def test_sigterm_does_not_wait_for_environments_that_are_made(script):
 
     def get(timeout):
         waits.append(timeout)
+        assert len(waits) < 100  # else it would wait for ever
         if len(waits) == 10:
             handoff.signals_received = {signal.SIGTERM}
         raise queue.Empty
